@@ -1,0 +1,122 @@
+// The kernels as the operators see them: plain pointers and sizes, no torch. csrc/cpu/ and csrc/cuda/ implement the same list.
+//
+// Letters: T tokens, D model dim, F expert dim, E experts, R routes ((token, expert) pairs, sorted by expert, then token).
+// Every pointer is to dense row-major memory on the device of the kernel. Index arrays are int32, so T, E and R stay below
+// 2^31; offsets into (R, D) arrays are computed in int64. `acc` is double for f64 data and float for everything else.
+// A kernel may be called with any size zero and then touches nothing that has no elements.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace moetrain {
+
+enum class DType { f32, bf16, f16, f64 };
+
+// Mask to routes. A stable counting sort: the result does not depend on the number of threads or blocks.
+struct RouteArgs {
+  const uint8_t* mask;   // (T, E), 0 or 1
+  int64_t num_tokens;    // T
+  int64_t num_experts;   // E
+  int64_t num_routes;    // R, the number of ones in mask according to the caller
+  int32_t* tokens;       // (R,) token of each route
+  int32_t* counts;       // (E,) routes per expert
+  int32_t* row_offsets;  // (T + 1,) routes before each token
+  int32_t* positions;    // (R,) by token, then expert: place of each of the token's routes in `tokens`
+  void* workspace;       // CUDA only: cuda::route_workspace(T, E) bytes, aligned to 256
+};
+
+// out[r] = x[tokens[r]]
+struct PermuteArgs {
+  DType dtype;
+  const void* x;          // (T, D)
+  const int32_t* tokens;  // (R,)
+  int64_t num_tokens;     // T
+  int64_t num_routes;     // R
+  int64_t dim;            // D
+  void* out;              // (R, D)
+};
+
+// out[t] = sum over j in [row_offsets[t], row_offsets[t + 1]) of weights[p] * rows[p], p = positions[j], in ascending j in acc.
+struct CombineArgs {
+  DType dtype;
+  const void* rows;            // (R, D)
+  const int32_t* row_offsets;  // (T + 1,)
+  const int32_t* positions;    // (R,)
+  const void* weights;         // (R,) acc, or null for 1
+  int64_t num_tokens;          // T
+  int64_t num_routes;          // R
+  int64_t dim;                 // D
+  void* out;                   // (T, D)
+};
+
+// grad_rows[r] = weights[r] * grad[tokens[r]]; grad_weights[r] = <grad[tokens[r]], rows[r]>
+struct CombineBackwardArgs {
+  DType dtype;
+  const void* grad;       // (T, D)
+  const void* rows;       // (R, D), or null when grad_weights is null
+  const int32_t* tokens;  // (R,)
+  const void* weights;    // (R,) acc, or null for 1
+  int64_t num_tokens;     // T
+  int64_t num_routes;     // R
+  int64_t dim;            // D
+  void* grad_rows;        // (R, D)
+  void* grad_weights;     // (R,) acc, or null
+};
+
+// out = weights * silu(gate) * up
+struct SwigluArgs {
+  DType dtype;
+  const void* gate_up;  // (R, 2 F): gate | up
+  const void* weights;  // (R,) acc, or null for 1
+  int64_t num_rows;     // R
+  int64_t dim;          // F
+  void* out;            // (R, F)
+};
+
+struct SwigluBackwardArgs {
+  DType dtype;
+  const void* grad;     // (R, F)
+  const void* gate_up;  // (R, 2 F)
+  const void* weights;  // (R,) acc, or null for 1
+  int64_t num_rows;     // R
+  int64_t dim;          // F
+  void* grad_gate_up;   // (R, 2 F)
+  void* grad_weights;   // (R,) acc: <grad, silu(gate) * up>, or null
+  void* activation;     // (R, F): the forward output again
+};
+
+// out[r] = <grad[r], silu(gate[r]) * up[r]>
+struct SwigluDotArgs {
+  DType dtype;
+  const void* grad;     // (R, F)
+  const void* gate_up;  // (R, 2 F)
+  int64_t num_rows;     // R
+  int64_t dim;          // F
+  void* out;            // (R,) acc
+};
+
+namespace cpu {
+// Returns how many ones the mask has. When that is not num_routes, nothing is written.
+int64_t route(const RouteArgs& args);
+void permute(const PermuteArgs& args);
+void combine(const CombineArgs& args);
+void combine_backward(const CombineBackwardArgs& args);
+void swiglu(const SwigluArgs& args);
+void swiglu_backward(const SwigluBackwardArgs& args);
+void swiglu_dot(const SwigluDotArgs& args);
+}  // namespace cpu
+
+// `stream` is a cudaStream_t. A kernel never waits for the device. Launch errors are thrown as std::runtime_error.
+namespace cuda {
+size_t route_workspace(int64_t num_tokens, int64_t num_experts);
+void route(const RouteArgs& args, void* stream);
+void permute(const PermuteArgs& args, void* stream);
+void combine(const CombineArgs& args, void* stream);
+void combine_backward(const CombineBackwardArgs& args, void* stream);
+void swiglu(const SwigluArgs& args, void* stream);
+void swiglu_backward(const SwigluBackwardArgs& args, void* stream);
+void swiglu_dot(const SwigluDotArgs& args, void* stream);
+}  // namespace cuda
+
+}  // namespace moetrain

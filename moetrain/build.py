@@ -1,0 +1,108 @@
+"""From a config to a model with values, on one rank or many: what train, eval, generate and export share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetrain import config as schema
+from moetrain.checkpoint import find_steps, read_full, read_meta
+from moetrain.config import Config, ConfigError, ModelConfig, TrainConfig
+from moetrain.convert import huggingface
+from moetrain.model import Transformer, initial_tensor
+from moetrain.parallel.mesh import Meshes
+from moetrain.parallel.parallelize import copy_whole, parallelize
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def model_from(folder: str) -> dict[str, Any]:
+    """The `model` section of a Hugging Face folder, for `config.load_config`."""
+    return schema.to_dict(huggingface.read_config(Path(folder)))
+
+
+def need(config: Config, *sections: str) -> None:
+    """Raise ConfigError if a section that a command reads is missing."""
+    missing = [s for s in sections if getattr(config, s) is None]
+    if missing:
+        hint = " (or init_from, a Hugging Face folder)" if "model" in missing else ""
+        raise ConfigError(f"missing section{'s' if len(missing) > 1 else ''}: {', '.join(missing)}{hint}")
+
+
+def parameter_dtype(train: TrainConfig) -> torch.dtype:
+    """Of the stored parameters: float32 under bfloat16 computation, so that small updates are not lost."""
+    return torch.float64 if train.dtype == "float64" else torch.float32
+
+
+def build_model(config: Config, device: torch.device, meshes: Meshes | None) -> Transformer:
+    """The model of `config.model`, spread over `meshes`, with start weights from `init_from` or drawn from `train.seed`."""
+    assert config.model is not None and config.train is not None, "checked by need()"
+    model = empty_model(config.model, config.train, device, meshes)
+    if config.init_from is None:
+        named = ((n, initial_tensor(n, p.shape, config.model, config.train.seed)) for n, p in list(model.named_parameters()))
+    else:
+        named = huggingface.read_tensors(Path(config.init_from), config.model)
+    fill(model, named, config.init_from or "start weights")
+    return model
+
+
+def empty_model(config: ModelConfig, train: TrainConfig, device: torch.device, meshes: Meshes | None) -> Transformer:
+    """Built without memory, spread, then allocated: a rank never holds more than its part."""
+    with torch.device("meta"):
+        model = Transformer(config).to(parameter_dtype(train))
+    parallelize(model, meshes, train)
+    return model.to_empty(device=device)
+
+
+def fill(model: Transformer, named: Iterator[tuple[str, Tensor]], source: str) -> None:
+    """Set every parameter from whole tensors. Raises ValueError naming what is missing, unknown or of another shape."""
+    parameters = dict(model.named_parameters())
+    unset = set(parameters)
+    for name, whole in named:
+        if name not in parameters:
+            raise ValueError(f"{source}: tensor {name} is not in the model")
+        try:
+            copy_whole(parameters[name], whole)
+        except ValueError as error:
+            raise ValueError(f"{source}: tensor {name}: {error}; does `model` in the config fit these weights?") from None
+        unset.discard(name)
+    if unset:
+        raise ValueError(f"{source}: no value for {len(unset)} tensors, such as {sorted(unset)[0]}")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model to use: its config, its whole tensors one at a time (a generator function's call), the tokenizer of its data, where it is from."""
+
+    config: ModelConfig
+    tensors: Iterator[tuple[str, Tensor]]
+    tokenizer: str | None
+    source: str
+    mean_active: float | None
+
+
+def find_trained(config: Config) -> Trained:
+    """The newest whole checkpoint of run_dir, else `init_from`. Raises ConfigError if there is neither."""
+    folder = Path(config.run_dir) / "checkpoints"
+    for step in sorted(find_steps(folder), reverse=True):
+        path = folder / f"step-{step:08d}"
+        meta = read_meta(path)
+        model = schema.config_from_dict(meta["config"], str(path)).model
+        assert model is not None, "a training run has a model section"
+        return Trained(model, read_full(path, "model."), meta.get("tokenizer"), str(path), meta.get("mean_active"))
+    if config.init_from is not None and config.model is not None:
+        source = Path(config.init_from)
+        return Trained(config.model, huggingface.read_tensors(source, config.model), str(source) if (source / "tokenizer.json").exists() else None, str(source), None)
+    raise ConfigError(f"run_dir {config.run_dir}: no checkpoint there; name a training run's run_dir, or set init_from to a Hugging Face folder")
+
+
+def load_trained(trained: Trained, train: TrainConfig, device: torch.device, meshes: Meshes | None) -> Transformer:
+    """The model of `find_trained`, spread over `meshes`, in evaluation mode."""
+    model = empty_model(trained.config, train, device, meshes)
+    fill(model, trained.tensors, trained.source)
+    return model.eval()

@@ -1,0 +1,1 @@
+"""Between checkpoints: Hugging Face folders, dense models cut into experts."""

@@ -1,0 +1,331 @@
+"""Inference of models trained with moetrain that no stock architecture of transformers computes; needs torch and transformers alone.
+
+Routers are sigmoid_ste (independent gates, those above a threshold route: a token has any number of experts, none included) and topk.
+Attention has grouped heads, biases, q/k norms, sliding windows and rotary positions with linear, llama3 or yarn scaling. The key `moetrain`
+of config.json holds every option.
+
+Letters: B rows of a batch, S new positions, L positions in the cache and new ones, T = B*S tokens, D model dim, C head dim, E experts.
+"""
+
+import math
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+class MoetrainConfig(PretrainedConfig):
+    """`moetrain`: the options of the model, a mapping. What transformers itself wants to know stands beside it."""
+
+    model_type = "moetrain"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(self, moetrain: Optional[dict] = None, **kwargs: Any) -> None:
+        self.moetrain = dict(moetrain or {})
+        # Not `sliding_window` nor `layer_types`: a cache that dropped what is outside the window would not fit the mask made here.
+        ours = {
+            "vocab_size": "vocab_size",
+            "hidden_size": "hidden_size",
+            "num_hidden_layers": "num_layers",
+            "num_attention_heads": "num_heads",
+            "num_key_value_heads": "num_kv_heads",
+            "head_dim": "head_dim",
+            "intermediate_size": "intermediate_size",
+            "max_position_embeddings": "max_position_embeddings",
+            "rms_norm_eps": "norm_eps",
+            "tie_word_embeddings": "tie_embeddings",
+            "initializer_range": "init_std",
+        }
+        for name, key in ours.items():
+            if self.moetrain.get(key) is not None:
+                kwargs[name] = self.moetrain[key]
+        super().__init__(**kwargs)
+
+
+def _rope_frequencies(config: dict) -> tuple[Tensor, float]:
+    """(C/2,) float32 and the factor on cos and sin."""
+    dim, base, scaling = _head_dim(config), config["rope_theta"], config.get("rope_scaling")
+    periods = base ** (torch.arange(0, dim, 2, dtype=torch.int64, device="cpu").float() / dim)
+    frequencies = 1.0 / periods
+    if scaling is None:
+        return frequencies, 1.0
+    factor = scaling["factor"]
+    if scaling["type"] == "linear":
+        return frequencies / factor, 1.0
+    length = scaling["original_max_position_embeddings"]
+    if scaling["type"] == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        wavelengths = 2 * math.pi / frequencies
+        smooth = (length / wavelengths - low) / (high - low)
+        between = (1 - smooth) * frequencies / factor + smooth * frequencies
+        stretched = torch.where(wavelengths > length / low, frequencies / factor, between)
+        return torch.where(wavelengths < length / high, frequencies, stretched), 1.0
+    if scaling["type"] != "yarn":
+        raise ValueError(f"rope_scaling.type is {scaling['type']!r}; supported: linear, llama3, yarn")
+
+    def dimension(turns: float) -> float:
+        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    first = max(math.floor(dimension(scaling.get("beta_fast") or 32.0)), 0)
+    last = min(math.ceil(dimension(scaling.get("beta_slow") or 1.0)), dim - 1)
+    ramp = torch.clamp((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - first) / max(last - first, 1e-3), 0, 1)
+    frequencies = 1.0 / (factor * periods) * ramp + frequencies * (1 - ramp)
+    given = scaling.get("attention_factor")
+    return frequencies, (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0) if given is None else given
+
+
+def _head_dim(config: dict) -> int:
+    return config.get("head_dim") or config["hidden_size"] // config["num_heads"]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: dict, layer: int) -> None:
+        super().__init__()
+        D, C, H = config["hidden_size"], _head_dim(config), config["num_heads"]
+        K = config.get("num_kv_heads") or H
+        self.layer, self.head_dim = layer, C
+        layers = config.get("sliding_layers")
+        self.window = config.get("sliding_window") if layers is None or layer in layers else None
+        self.q_proj = nn.Linear(D, H * C, bias=config["qkv_bias"])
+        self.k_proj = nn.Linear(D, K * C, bias=config["qkv_bias"])
+        self.v_proj = nn.Linear(D, K * C, bias=config["qkv_bias"])
+        self.o_proj = nn.Linear(H * C, D, bias=config["o_bias"])
+        self.q_norm = RMSNorm(C, config["norm_eps"]) if config["qk_norm"] else None
+        self.k_norm = RMSNorm(C, config["norm_eps"]) if config["qk_norm"] else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, start: int, attention_mask: Optional[Tensor], cache: Optional[Cache]) -> Tensor:
+        """x: (B, S, D). start: positions already in the cache. attention_mask: (B, >= start + S), 0 on padding, or (B, 1, S, L) bool."""
+        B, S, _ = x.shape
+        q, k, v = (p(x).view(B, S, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = _rotate(q, cos, sin).transpose(1, 2), _rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer)
+        mask = _visible(S, k.shape[2], start, self.window, attention_mask, x.device)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        return self.o_proj(out.transpose(1, 2).reshape(B, S, -1))
+
+
+def _visible(S: int, L: int, start: int, window: Optional[int], attention_mask: Optional[Tensor], device: torch.device) -> Tensor:
+    """(B or 1, 1, S, L) bool: which keys a query sees. A static cache is longer than start + S; what lies behind is never seen."""
+    queries = torch.arange(start, start + S, device=device)[:, None]
+    keys = torch.arange(L, device=device)
+    seen = queries >= keys
+    if window is not None:
+        seen = seen & (queries - keys < window)
+    if attention_mask is None:
+        return seen[None, None]
+    real = attention_mask.to(device=device, dtype=torch.bool)
+    if real.dim() == 2:
+        real = F.pad(real[:, :L], (0, max(0, L - real.shape[1])))[:, None, None]
+    # Padding sees itself: a query without any key would be NaN and spoil the layers above through its value.
+    return (seen & real) | (queries == keys)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = x.to(cos.dtype)
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: the FFN of a dense layer, and one expert."""
+
+    def __init__(self, dim: int, inner: int, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, inner, bias=bias)
+        self.up_proj = nn.Linear(dim, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MoE(nn.Module):
+    """Each expert computes the tokens that have a route to it and no others."""
+
+    def __init__(self, config: dict) -> None:
+        super().__init__()
+        D, moe = config["hidden_size"], config["moe"]
+        self.options = moe["router"]
+        if self.options["type"] not in ("sigmoid_ste", "topk"):
+            raise ValueError(f"moe.router.type is {self.options['type']!r}; supported: sigmoid_ste, topk")
+        self.gate = nn.Linear(D, moe["num_experts"], bias=bool(self.options.get("bias", False)))
+        self.experts = nn.ModuleList(FeedForward(D, moe["expert_dim"]) for _ in range(moe["num_experts"]))
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x: (B, S, D), normed. residual: the stream before the norm. Returns (B, S, D)."""
+        shape, x = x.shape, x.flatten(0, 1)
+        weights, active = self.route(residual.flatten(0, 1) if self.options.get("input") == "residual" else x)
+        # The outputs of a token's experts are added in float32, as in training.
+        y = torch.zeros(x.shape, dtype=_wide(x), device=x.device)
+        for e in active.any(0).nonzero().flatten().tolist():
+            tokens = active[:, e].nonzero().flatten()
+            y.index_add_(0, tokens, self.experts[e](x[tokens]).to(y.dtype) * weights[tokens, e, None].to(y.dtype))
+        return y.to(x.dtype).view(shape)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (T, D). Returns weights (T, E), 0 where there is no route, and the routes (T, E) bool."""
+        options, dtype = self.options, _wide(x)
+        bias = None if self.gate.bias is None else self.gate.bias.to(dtype)
+        logits = F.linear(x.to(dtype), self.gate.weight.to(dtype), bias)
+        if options["type"] == "topk":
+            chosen = logits.sort(dim=-1, descending=True, stable=True).indices[:, : options["top_k"]]
+            active = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, chosen, True)
+            weights = logits.softmax(-1) * active
+            if options["normalize"]:
+                weights = weights / weights.sum(-1, keepdim=True)
+            return weights * options["output_scale"], active
+        gates = logits.sigmoid()
+        active = gates > options["threshold"]
+        if options["zero_routes"] == "top1":
+            largest = F.one_hot(gates.argmax(-1), gates.shape[-1]).bool()
+            active = active | (largest & ~active.any(-1, keepdim=True))
+        weights = torch.where(active, gates, 0)
+        if options["rescale"] == "count" and options.get("rescale_in_eval", True):
+            weights = weights * (gates.shape[-1] / active.sum(-1, keepdim=True).clamp(min=1).to(dtype))
+        return weights, active
+
+
+class Layer(nn.Module):
+    def __init__(self, config: dict, layer: int) -> None:
+        super().__init__()
+        D, eps = config["hidden_size"], config["norm_eps"]
+        self.input_layernorm = RMSNorm(D, eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(D, eps)
+        dense = config.get("moe") is None
+        self.mlp = FeedForward(D, config["intermediate_size"], config["mlp_bias"]) if dense else MoE(config)
+
+    def forward(self, x: Tensor, *attention: Any) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *attention)
+        normed = self.post_attention_layernorm(x)
+        return x + (self.mlp(normed, x) if isinstance(self.mlp, MoE) else self.mlp(normed))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: dict) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"])
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config["num_layers"]))
+        self.norm = RMSNorm(config["hidden_size"], config["norm_eps"])
+
+
+class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = MoetrainConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    _no_split_modules = ["Layer"]
+    _supports_sdpa = True
+    # transformers 5 wants to know what is tied to what, 4 the names alone.
+    _tied_weights_keys = (
+        {"lm_head.weight": "model.embed_tokens.weight"} if int(transformers.__version__.split(".")[0]) >= 5 else ["lm_head.weight"]
+    )
+
+    def __init__(self, config: MoetrainConfig) -> None:
+        super().__init__(config)
+        if not config.moetrain:
+            raise ValueError("config.json has no key `moetrain` with the model's options")
+        self.model = Decoder(config.moetrain)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # For parameters that a checkpoint lacks.
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids: Optional[Tensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        position_ids: Optional[Tensor] = None,
+        past_key_values: Optional[Cache] = None,
+        inputs_embeds: Optional[Tensor] = None,
+        labels: Optional[Tensor] = None,
+        use_cache: Optional[bool] = None,
+        logits_to_keep: int = 0,
+        return_dict: Optional[bool] = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As any causal language model of transformers. attention_mask: (B, L), 0 on padding on either side.
+
+        logits: (B, S, V) in the model's dtype; only the last `logits_to_keep` positions when that is positive. labels: (B, S), not shifted,
+        -100 where there is none.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if attention_mask is not None and (attention_mask.dim() not in (2, 4) or (attention_mask.dim() == 4 and attention_mask.dtype != torch.bool)):
+            raise ValueError(f"attention_mask must be (B, L), or (B, 1, S, L) bool; found {tuple(attention_mask.shape)} {attention_mask.dtype}")
+        x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        S = x.shape[1]
+        use_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = DynamicCache()
+        start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if position_ids is None:
+            if attention_mask is not None and attention_mask.dim() == 2:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, start : start + S].to(x.device)
+            else:
+                position_ids = torch.arange(start, start + S, device=x.device)[None]
+        cos, sin = self._rope(position_ids[:, -S:], x)
+        for layer in self.model.layers:
+            x = layer(x, cos, sin, start, attention_mask, past_key_values)
+        x = self.model.norm(x)
+        if isinstance(logits_to_keep, int):
+            x = x[:, -logits_to_keep:] if logits_to_keep > 0 else x
+        else:
+            x = x[:, logits_to_keep]
+        logits = self.lm_head(x)
+        loss = None
+        if labels is not None:
+            shifted = F.pad(labels, (0, 1), value=-100)[:, 1:].to(logits.device)
+            count = kwargs.get("num_items_in_batch")
+            total = F.cross_entropy(logits.to(_wide(logits)).flatten(0, 1), shifted.flatten(), reduction="sum" if count is not None else "mean")
+            loss = total if count is None else total / count
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+        return output if return_dict is not False else output.to_tuple()
+
+    def _rope(self, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (B, S, 1, C), float32 or float64. The frequencies follow from the config and are no buffer: loading would have to fill it."""
+        dtype = _wide(x)
+        frequencies, scale = _rope_frequencies(self.config.moetrain)
+        angles = positions.to(dtype)[..., None] * frequencies.to(x.device, dtype)
+        angles = torch.cat((angles, angles), dim=-1)[:, :, None]
+        return angles.cos() * scale, angles.sin() * scale

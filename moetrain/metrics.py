@@ -1,0 +1,352 @@
+"""What a run tells: one JSON line per step (the source of truth), events, a console line, and the sinks wandb and TensorBoard.
+
+`metrics.jsonl` of a run that was killed and resumed is line by line that of one that never was, but for the fields that measure time
+(`deterministic_fields` drops those). What did happen on the way (restarts, checkpoints, skipped steps) is in `events.jsonl`, which only grows.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import sys
+import uuid
+import warnings
+from collections import deque
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Iterator
+
+import torch
+import torch.distributed as dist
+
+from moetrain.config import LogConfig
+
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+_MEASURED = frozenset({"step_s", "data_s", "tokens_per_s", "memory_bytes"})  # differ between two runs of the same computation
+_WINDOW = 50  # steps over which the console averages speed
+
+
+class Metrics:
+    """Writes the metrics of a run. Every rank makes one; only rank 0 writes."""
+
+    def __init__(self, run_dir: Path | str, config: LogConfig, *, resolved: dict[str, Any], resume_step: int = 0, rank: int = 0, console: bool = True) -> None:
+        """resolved: the whole config as plain data. resume_step: last step that the run continued from has done; later lines are dropped.
+
+        Raises ValueError, on every rank, if a sink that is asked for is not installed.
+        """
+        for package, wanted in (("wandb", config.wandb), ("tensorboard", config.tensorboard)):
+            if wanted and importlib.util.find_spec(package) is None:
+                raise ValueError(f"log.{package}: true, but {package} is not installed: pip install 'moetrain[report]', or set log.{package}: false")
+        self.config = config
+        self._steps = (resolved.get("train") or {}).get("steps")
+        self._devices = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self._recent: deque[tuple[float, float, float]] = deque(maxlen=_WINDOW)
+        self._first = True
+        self._files: list[Any] = []
+        self._sinks: dict[str, Any] = {}
+        self._print = _printer() if console and rank == 0 else None
+        self._active = rank == 0
+        if not self._active:
+            return
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _cut(run_dir / METRICS, resume_step)
+        self._metrics, self._events = open(run_dir / METRICS, "a", encoding="utf-8"), open(run_dir / EVENTS, "a", encoding="utf-8")
+        self._files = [self._metrics, self._events]
+        for name, wanted, make in (("wandb", config.wandb, _Wandb), ("tensorboard", config.tensorboard, _TensorBoard)):
+            if wanted:
+                self._guarded(name, lambda: self._sinks.update({name: make(run_dir, config, resolved, resume_step)}))
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Write the record of one step; `record["step"]` counts from 1. Tensors with one element count as numbers."""
+        if not self._active:
+            return
+        record = _plain(record)
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            record["memory_bytes"] = torch.cuda.max_memory_reserved()
+        _append(self._metrics, record)
+        if self._print is not None:
+            self._to_console(record)
+        if self._sinks:
+            step, scalars = record["step"], flatten(record)
+            for name, sink in list(self._sinks.items()):
+                self._guarded(name, lambda: sink.log(step, scalars))
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Write something that happened (restart, skipped step, checkpoint, ...) with the time, to events.jsonl."""
+        if self._active:
+            _append(self._events, _plain({"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "event": kind, **fields}))
+
+    def close(self) -> None:
+        """Flush and close all outputs."""
+        for name, sink in list(self._sinks.items()):
+            self._guarded(name, sink.close)
+        self._sinks = {}
+        for file in self._files:
+            file.close()
+        self._active, self._files = False, []
+
+    def _guarded(self, name: str, work: Any) -> None:
+        # A sink is somebody else's network and disk: losing it must not cost the run, and the JSONL has everything.
+        try:
+            work()
+        except Exception as error:
+            self._sinks.pop(name, None)
+            first = (str(error).splitlines() or [""])[0]
+            warnings.warn(f"{name} is off for the rest of this run: {type(error).__name__}: {first}", stacklevel=3)
+            if self._active:
+                self.event("sink_off", sink=name, error=f"{type(error).__name__}: {first}")
+
+    def _to_console(self, record: dict[str, Any]) -> None:
+        self._recent.append(tuple(record.get(k, math.nan) for k in ("step_s", "data_s", "tokens_per_s")))
+        step = record["step"]
+        if step % self.config.every == 0 or self._first or step == self._steps or record.get("skipped"):
+            means = [sum(column) / len(column) for column in zip(*self._recent)]
+            self._print(console_line(record, steps=self._steps, devices=self._devices, step_s=means[0], data_s=means[1], tokens_per_s=means[2]))
+            self._first = False
+        for name, result in (record.get("eval") or {}).items():
+            self._print(f"  eval {name}: loss {result['loss']:.4f} perplexity {result['perplexity']:.2f}")
+
+
+def deterministic_fields(record: dict[str, Any]) -> dict[str, Any]:
+    """The record without what measures time or memory: two runs that compute the same have these equal, bit for bit."""
+    return {k: v for k, v in record.items() if k not in _MEASURED}
+
+
+def read_records(run_dir: Path | str) -> Iterator[dict[str, Any]]:
+    """The records of a run, in order; a torn last line (the run is alive or was killed) is left out. Raises ValueError if there is no file."""
+    path = Path(run_dir) / METRICS
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; is {run_dir} the folder of a run?")
+    with open(path, "rb") as file:
+        yield from (record for line in file if (record := _parse(line)) is not None)
+
+
+def flatten(record: dict[str, Any]) -> dict[str, float]:
+    """Numbers of a record under flat names: `{"moe": {"dead": [0, 2]}}` -> `{"moe/dead/layer_00": 0, "moe/dead/layer_01": 2}`."""
+    flat: dict[str, float] = {}
+
+    def walk(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{name}/{key}" if name else str(key), inner)
+        elif isinstance(value, list):
+            for i, inner in enumerate(value):
+                walk(f"{name}/layer_{i:02d}", inner)
+        elif isinstance(value, (int, float)):  # bool too: a skipped step is 1
+            flat[name] = value
+
+    walk("", {k: v for k, v in record.items() if k != "step"})
+    return flat
+
+
+def console_line(record: dict[str, Any], *, steps: int | None, devices: int, step_s: float, data_s: float, tokens_per_s: float) -> str:
+    """One line for people. steps: of the whole run; step_s, data_s (seconds per step) and tokens_per_s (of all devices): recent means."""
+    parts = [f"step {record['step']}" + (f"/{steps}" if steps else "")]
+    if record.get("skipped"):
+        parts[0] += " SKIPPED (not finite)"
+    losses = " ".join(f"{k} {record[k]:.4g}" for k in ("lm", "sparsity", "balance", "z") if record.get(k) is not None)
+    parts.append(f"loss {record['loss']:.4f}" + (f" ({losses})" if losses else ""))
+    if record.get("sparsity_coef") is not None:
+        parts.append(f"coef {record['sparsity_coef']:.3g}")
+    parts.append(f"gnorm {record['grad_norm']:.3g}")
+    parts.append(f"lr {record['lr']:.3g}")
+    parts.append(f"{_short(tokens_per_s / devices)} tok/s" + ("/dev" if devices > 1 else ""))
+    if "memory_bytes" in record:
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        parts.append(f"mem {record['memory_bytes'] / 2**30:.1f}G {record['memory_bytes'] / total:.0%}")
+    moe = record.get("moe")
+    if moe:
+        shown = []
+        if moe.get("active"):
+            shown.append(f"active {_mean(moe['active']):.2f}")
+        if moe.get("load_max_mean"):
+            shown.append(f"max/mean {max(moe['load_max_mean']):.2f}")
+        if moe.get("dead"):
+            shown.append(f"dead {sum(moe['dead'])}")
+        if moe.get("empty"):
+            shown.append(f"empty {_mean(moe['empty']):.1%}")
+        if any(moe.get("probe_share") or []):
+            shown.append(f"probes {_mean(moe['probe_share']):.1%}")
+        if shown:
+            parts.append("moe " + " ".join(shown))
+    if step_s > 0:
+        parts.append(f"data {data_s / step_s:.1%}")
+        parts.append(f"{step_s:.3g} s")
+        if steps and steps > record["step"]:
+            parts.append(f"eta {_duration((steps - record['step']) * step_s)}")
+    return " | ".join(parts)
+
+
+def plots(run_dir: Path | str, out_dir: Path | str) -> list[Path]:
+    """PNGs of a run: loss.png (training and evaluation) and, for a mixture, active_experts.png (layer by step). Returns their paths.
+
+    Raises ValueError if the run has no records or matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure  # not pyplot: no display, no global state
+    except ImportError:
+        raise ValueError("plots need matplotlib, which is not installed: pip install 'moetrain[report]'") from None
+    records = list(read_records(run_dir))
+    if not records:
+        raise ValueError(f"{Path(run_dir) / METRICS} has no records yet")
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    steps = [r["step"] for r in records]
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    # lm, not loss: it is what evaluation reports, without the router's losses.
+    axes.plot(steps, [r.get("lm", r["loss"]) for r in records], linewidth=0.8, label="train")
+    for name in sorted({name for r in records for name in r.get("eval") or {}}):
+        points = [(r["step"], r["eval"][name]["loss"]) for r in records if name in (r.get("eval") or {})]
+        axes.plot(*zip(*points), marker="o", markersize=3, label=f"eval {name}")
+    for i, step in enumerate(r["step"] for r in records if r.get("skipped")):
+        axes.axvline(step, color="red", alpha=0.3, linewidth=1, label=None if i else "skipped")
+    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    paths = [out_dir / "loss.png"]
+    figure.savefig(paths[0], dpi=150)
+
+    routed = [r for r in records if (r.get("moe") or {}).get("active")]
+    if routed:
+        active = [list(column) for column in zip(*(r["moe"]["active"] for r in routed))]  # one row per layer
+        figure = Figure(figsize=(8, 7), layout="constrained")
+        lines, heat = figure.subplots(2, 1, sharex=True)
+        for i, row in enumerate(active):
+            lines.plot([r["step"] for r in routed], row, linewidth=0.8, color=_layer_color(i, len(active)), label=f"layer {i}")
+        lines.set(ylabel="active experts per token")
+        lines.grid(alpha=0.3)
+        if len(active) <= 12:
+            lines.legend(fontsize="small", ncols=2)
+        first, last = routed[0]["step"], routed[-1]["step"]
+        extent = (first - 0.5, last + 0.5, -0.5, len(active) - 0.5)
+        image = heat.imshow(active, aspect="auto", origin="lower", extent=extent, interpolation="nearest")
+        heat.set(xlabel="step", ylabel="MoE layer")
+        figure.colorbar(image, ax=heat, label="active experts per token")
+        paths.append(out_dir / "active_experts.png")
+        figure.savefig(paths[1], dpi=150)
+    return paths
+
+
+class _Wandb:
+    def __init__(self, run_dir: Path, config: LogConfig, resolved: dict[str, Any], resume_step: int) -> None:
+        import wandb
+
+        identity = run_dir / "wandb_id.txt"
+        if not identity.is_file():
+            identity.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+        mode = os.environ.get("WANDB_MODE") or config.wandb_mode
+        self._run = wandb.init(
+            project=config.wandb_project,
+            name=config.wandb_name or run_dir.resolve().name,
+            id=identity.read_text(encoding="utf-8").strip(),
+            resume="allow",  # a requeued job goes on in the same curve
+            mode=mode,
+            dir=str(run_dir),
+            config=resolved,
+        )
+
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        self._run.log(scalars, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _TensorBoard:
+    def __init__(self, run_dir: Path, config: LogConfig, resolved: dict[str, Any], resume_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step: what a killed run wrote after its last checkpoint is hidden.
+        self._writer = SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _printer() -> Any:
+    if sys.stdout.isatty():
+        try:
+            from rich.console import Console
+        except ImportError:
+            pass
+        else:
+            console = Console()
+            return lambda line: console.print(line, markup=False, soft_wrap=True)
+    return lambda line: print(line, flush=True)
+
+
+def _cut(path: Path, step: int) -> None:
+    """Drop the lines after `step` and torn ones, at once or not at all."""
+    if not path.is_file():
+        return
+    part = path.with_name(path.name + ".tmp")
+    with open(path, "rb") as old, open(part, "wb") as new:
+        for line in old:
+            record = _parse(line)
+            if record is not None and record["step"] <= step:
+                new.write(line)
+        new.flush()
+        os.fsync(new.fileno())
+    part.replace(path)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _append(file: Any, record: dict[str, Any]) -> None:
+    file.write(json.dumps(record) + "\n")  # repr of a float reads back to the same float; a loss that is not finite is NaN or Infinity
+    file.flush()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if hasattr(value, "tolist"):  # tensors, arrays and their scalars
+        return value.tolist()
+    return str(value) if isinstance(value, Path) else value
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _short(number: float) -> str:
+    if not math.isfinite(number):
+        return "?"
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    units = [(days, "d"), (hours, "h"), (minutes, "m"), (seconds, "s")]
+    start = next((i for i, (n, _) in enumerate(units) if n), 3)
+    return "".join(f"{n}{u}" for n, u in units[start : start + 2] if n) or "0s"
+
+
+def _layer_color(layer: int, layers: int) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](layer / max(1, layers - 1))

@@ -1,0 +1,1 @@
+"""The sparse layer: route, dispatch, compute, combine."""

@@ -1,0 +1,72 @@
+"""DSMoE's router: sigmoid gates, a threshold, a straight-through estimator, an L1 sparsity loss (arXiv 2502.12455, Eqs. 7-19).
+
+Where the paper leaves a choice open (Eq. 8 with no open gate, reductions, inference), the option's default is the plain reading; see
+docs/dsmoe.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moetrain.config import ModelConfig, SigmoidSteRouter
+from moetrain.moe.routing import Decision, Routing, TokenContext, recorded, token_count, uniform
+
+
+class SigmoidSte(nn.Module):
+    """g = sigmoid(x Y) (Eq. 7, no bias); routes where g > tau; weight n / #routes * g (Eqs. 7-8).
+
+    The weight's derivative with respect to g is n / #routes everywhere (Eqs. 10-11, the count held constant), so that the gradient of a gate
+    whose expert did not fire is <dL/dy, o> n / #routes. `ste` says for which closed gates that inner product is computed: all of them (exact),
+    each with probability q and importance 1/q (sampled: unbiased), none (off: the paper's ablation "no S(x)").
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        assert config.moe is not None and isinstance(config.moe.router, SigmoidSteRouter), "needs a sigmoid_ste config"
+        self.options, self.layer, self.num_layers = config.moe.router, layer, config.num_layers
+        self.num_experts = config.moe.num_experts
+        self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(self.num_experts)) if self.options.bias else None
+
+    def forward(self, x: Tensor, context: TokenContext) -> Routing:
+        """x: (T, D). Losses: `sparsity`, Eq. 19: the mean over tokens, experts and layers of the open gates."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        gates = torch.sigmoid(nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias))
+        decision: Decision = recorded(lambda: self.decide(gates.detach(), context))
+        return self.weigh(gates, decision, context)
+
+    def decide(self, gates: Tensor, context: TokenContext) -> Decision:
+        active = gates > self.options.threshold
+        if self.options.zero_routes == "top1":
+            largest = gates.argmax(-1, keepdim=True)
+            active = active.scatter(-1, largest, active.gather(-1, largest) | ~active.any(-1, keepdim=True))
+        if context.valid is not None:
+            active = active & context.valid[:, None]
+        if self.options.ste == "off" or not (self.training and torch.is_grad_enabled()):
+            return Decision(active)
+        closed = ~active if context.valid is None else ~active & context.valid[:, None]
+        if self.options.ste == "exact":
+            return Decision(active, closed.to(gates.dtype))
+        assert context.keys is not None, "ste: sampled draws from TokenContext.keys"
+        rate = self.options.probe_rate
+        drawn = closed & (uniform(context.keys, self.layer, self.num_experts) < rate)
+        return Decision(active, drawn.to(gates.dtype) / rate)
+
+    def weigh(self, gates: Tensor, decision: Decision, context: TokenContext) -> Routing:
+        options, active = self.options, decision.active
+        # S(g) of Eq. 10: the value of G(g), the derivative of g. `gates - gates.detach()` is exactly 0, so closed gates weigh exactly 0.
+        straight = gates - gates.detach()
+        weights = torch.where(active, gates.detach(), 0) + straight
+        if options.rescale == "count" and (self.training or options.rescale_in_eval):
+            # Eq. 8 divides by 0 for a token without routes; its output is 0 whatever stands here, 1 keeps its probes' gradients bounded.
+            count = active.sum(-1, keepdim=True).clamp(min=1).to(gates.dtype)
+            if options.rescale_gradient == "straight_through":
+                count = count + straight.sum(-1, keepdim=True)
+            weights = weights * (self.num_experts / count)
+        pushed = gates if options.sparsity_on == "all" else gates * (gates.detach() > options.threshold)
+        if context.valid is not None:
+            pushed = pushed * context.valid[:, None]
+        sparsity = pushed.sum() / (token_count(context, gates) * self.num_experts * self.num_layers)
+        return Routing(decision, weights, {"sparsity": sparsity})

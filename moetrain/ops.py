@@ -1,0 +1,205 @@
+"""The operators of csrc/: typed wrappers, shapes without data (fakes) and gradient formulas.
+
+Letters: T tokens, D model dim, F expert dim, E experts, R routes. A route is a (token, expert) pair. Routes
+are numbered by expert, then token: this is the order of every (R, ...) tensor, so each expert's rows lie
+together.
+
+Index tensors are int32. Data is float32, bfloat16 or float64 (float16 too on CUDA). "acc" is the dtype of sums
+and of route weights: float64 for float64 data, float32 for all other. Arguments may have any strides; results
+are contiguous. Every size may be 0. Results don't depend on the number of threads. An argument that doesn't fit
+raises RuntimeError with the operator, the tensor, what was expected and what was found.
+"""
+
+import torch
+from torch import Tensor
+
+try:
+    from moetrain import _C  # noqa: F401  (loading it registers the operators)
+except ImportError as error:
+    raise ImportError(
+        f"moetrain's native operators can't be loaded ({error}): "
+        "run `pip install -e . --no-build-isolation` in the project"
+    ) from error
+
+__all__ = [
+    "acc_dtype",
+    "combine",
+    "combine_backward",
+    "permute",
+    "route",
+    "swiglu",
+    "swiglu_backward",
+    "swiglu_dot",
+]
+
+_ops = torch.ops.moetrain
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over, and of route weights for, data of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def route(mask: Tensor, num_routes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Lists the routes of a mask, by expert and then token.
+
+    mask: (T, E) bool, True where there is a route. num_routes: how many are True; the caller knows it, so that a
+    GPU isn't waited for here. A wrong number raises on the CPU; on CUDA it traps in the kernel.
+
+    Returns, all int32:
+        tokens: (R,) the token of each route.
+        counts: (E,) routes per expert.
+        row_offsets: (T + 1,) routes of all earlier tokens.
+        positions: (R,) where in `tokens` the routes of token t are, by ascending expert:
+            positions[row_offsets[t]:row_offsets[t + 1]]. So tokens[positions] is ascending.
+    """
+    return _ops.route(mask, num_routes)
+
+
+def permute(x: Tensor, tokens: Tensor, row_offsets: Tensor, positions: Tensor) -> Tensor:
+    """Copies each token's row to its routes: (T, D) -> (R, D), x[tokens]. The backward reads the other two."""
+    return _ops.permute(x, tokens, row_offsets, positions)
+
+
+def combine(
+    rows: Tensor, tokens: Tensor, row_offsets: Tensor, positions: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Adds up the rows of each token's routes: (R, D) -> (T, D), y_t = sum over its routes p of w[p] * rows[p].
+
+    weights: w, (R,) acc, or None for 1. The sum is taken in acc by ascending expert. A token without routes gets
+    0. Only the backward reads `tokens`.
+    """
+    return _ops.combine(rows, tokens, row_offsets, positions, weights)
+
+
+def combine_backward(
+    grad: Tensor, tokens: Tensor, rows: Tensor | None, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `combine` for grad (T, D). Not differentiable.
+
+    Returns:
+        grad_rows: (R, D), weights[r] * grad[tokens[r]].
+        grad_weights: (R,) acc, <grad[tokens[r]], rows[r]>; (0,) if rows is None, which says that it isn't wanted.
+    """
+    return _ops.combine_backward(grad, tokens, rows, weights)
+
+
+def swiglu(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
+    """weights * silu(gate) * up: [gate | up] (R, 2 F) -> (R, F). weights: (R,) acc, or None for 1."""
+    return _ops.swiglu(gate_up, weights)
+
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `swiglu` for grad (R, F), and its output again. Not differentiable.
+
+    Returns:
+        grad_gate_up: (R, 2 F).
+        grad_weights: (R,) acc, <grad, silu(gate) * up>; (0,) if weights is None.
+        activation: (R, F) = swiglu(gate_up, weights). The weight gradient of the next matrix needs it; it is
+            cheap here, so forward need not keep it.
+    """
+    return _ops.swiglu_backward(grad, gate_up, weights)
+
+
+def swiglu_dot(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """<grad_r, silu(gate_r) * up_r>: (R, F), (R, 2 F) -> (R,) acc. Writes nothing else. Not differentiable."""
+    return _ops.swiglu_dot(grad, gate_up)
+
+
+# Fakes: the shapes and dtypes alone, for torch.compile and FakeTensor.
+
+
+@torch.library.register_fake("moetrain::route")
+def _(mask, num_routes):
+    num_tokens, num_experts = mask.shape
+    sizes = (num_routes, num_experts, num_tokens + 1, num_routes)
+    return tuple(mask.new_empty((size,), dtype=torch.int32) for size in sizes)
+
+
+@torch.library.register_fake("moetrain::permute")
+def _(x, tokens, row_offsets, positions):
+    return x.new_empty((tokens.shape[0], x.shape[1]))
+
+
+@torch.library.register_fake("moetrain::combine")
+def _(rows, tokens, row_offsets, positions, weights):
+    return rows.new_empty((row_offsets.shape[0] - 1, rows.shape[1]))
+
+
+@torch.library.register_fake("moetrain::combine_backward")
+def _(grad, tokens, rows, weights):
+    num_routes = tokens.shape[0]
+    grad_weights = grad.new_empty((0 if rows is None else num_routes,), dtype=acc_dtype(grad.dtype))
+    return grad.new_empty((num_routes, grad.shape[1])), grad_weights
+
+
+@torch.library.register_fake("moetrain::swiglu")
+def _(gate_up, weights):
+    return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
+
+
+@torch.library.register_fake("moetrain::swiglu_backward")
+def _(grad, gate_up, weights):
+    num_rows, width = gate_up.shape
+    grad_weights = gate_up.new_empty((0 if weights is None else num_rows,), dtype=acc_dtype(gate_up.dtype))
+    return gate_up.new_empty((num_rows, width)), grad_weights, gate_up.new_empty((num_rows, width // 2))
+
+
+@torch.library.register_fake("moetrain::swiglu_dot")
+def _(grad, gate_up):
+    return gate_up.new_empty((gate_up.shape[0],), dtype=acc_dtype(gate_up.dtype))
+
+
+# Gradients. Each backward is another operator.
+
+
+def _save_permute(ctx, inputs, output):
+    _, tokens, row_offsets, positions = inputs
+    ctx.save_for_backward(tokens, row_offsets, positions)
+
+
+def _backward_permute(ctx, grad):
+    return combine(grad, *ctx.saved_tensors), None, None, None
+
+
+def _save_combine(ctx, inputs, output):
+    rows, tokens, row_offsets, positions, weights = inputs
+    # The rows are large and only the weights' gradient reads them.
+    needs_rows = weights is not None and ctx.needs_input_grad[4]
+    ctx.save_for_backward(rows if needs_rows else None, tokens, row_offsets, positions, weights)
+
+
+def _backward_combine(ctx, grad):
+    rows, tokens, row_offsets, positions, weights = ctx.saved_tensors
+    if weights is None:
+        return permute(grad, tokens, row_offsets, positions), None, None, None, None
+    grad_rows, grad_weights = combine_backward(grad, tokens, rows, weights)
+    return grad_rows, None, None, None, None if rows is None else grad_weights
+
+
+def _save_swiglu(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_swiglu(ctx, grad):
+    gate_up, weights = ctx.saved_tensors
+    grad_gate_up, grad_weights, _ = swiglu_backward(grad, gate_up, weights)
+    return grad_gate_up, None if weights is None else grad_weights
+
+
+torch.library.register_autograd("moetrain::permute", _backward_permute, setup_context=_save_permute)
+torch.library.register_autograd("moetrain::combine", _backward_combine, setup_context=_save_combine)
+torch.library.register_autograd("moetrain::swiglu", _backward_swiglu, setup_context=_save_swiglu)
+
+
+def _register_no_gradient(name: str) -> None:
+    """Makes a second derivative an error; without a formula torch would return none and only warn."""
+
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"moetrain::{name} has no gradient")
+
+    torch.library.register_autograd(f"moetrain::{name}", backward)
+
+
+for _name in ("combine_backward", "swiglu_backward", "swiglu_dot"):
+    _register_no_gradient(_name)

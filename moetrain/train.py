@@ -1,0 +1,413 @@
+"""The training run: build, step, evaluate, save, go on.
+
+A step computes what one rank would compute: losses are sums over this rank's tokens divided by the token count of the whole step, gradients
+are added over ranks, the gradient norm is one number, and a bad step is skipped on all ranks together. Nothing draws from a generator with
+state: start weights come from names, samples from their index, probes from their token's key. So a run that was killed goes on with the same
+numbers as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moetrain import config as schema
+from moetrain.build import DTYPES, build_model, need
+from moetrain.checkpoint import Checkpoints
+from moetrain.config import Config, ConfigError, ScheduleConfig, check_world
+from moetrain.data.dataset import IGNORE, BatchIterator, BlendedDataset, EvalSet, Source
+from moetrain.data.indexed import read_meta
+from moetrain.metrics import Metrics
+from moetrain.model import Transformer
+from moetrain.moe.losses import build_controller, coefficients
+from moetrain.moe.routing import LayerReport, TokenContext
+from moetrain.parallel.grads import gradient_norm, scale_gradients
+from moetrain.parallel.mesh import build_meshes, start_processes
+
+Batch = dict[str, Tensor]
+
+
+def learning_rate_factor(step: int, steps: int, schedule: ScheduleConfig) -> float:
+    """Share of the peak learning rate in step 0, 1, ... of `steps`: linear warm-up, then cosine, WSD or constant."""
+    if step < schedule.warmup_steps:
+        return (step + 1) / schedule.warmup_steps
+    low = schedule.min_lr_ratio
+    if schedule.type == "cosine":
+        progress = (step - schedule.warmup_steps) / max(1, steps - schedule.warmup_steps)
+        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    if schedule.type == "wsd":
+        left = (steps - step) / schedule.decay_steps
+        return low + (1 - low) * min(1.0, max(0.0, left))
+    return 1.0
+
+
+def parameter_groups(model: Transformer, config: Config) -> list[dict[str, Any]]:
+    """Groups for AdamW by kind: matrices, experts, routers (without decay), and vectors (without decay). "peak_lr" holds each one's rate."""
+    train = config.train
+    assert train is not None, "checked by need()"
+    groups = {
+        "matrices": {"peak_lr": train.lr, "weight_decay": train.weight_decay},
+        "experts": {"peak_lr": train.expert_lr or train.lr, "weight_decay": train.weight_decay},
+        "routers": {"peak_lr": train.router_lr or train.lr, "weight_decay": 0.0},
+        "vectors": {"peak_lr": train.lr, "weight_decay": 0.0},
+    }
+    for name, parameter in model.named_parameters():
+        kind = "experts" if ".experts." in name else "routers" if ".router." in name else "vectors" if parameter.ndim < 2 else "matrices"
+        groups[kind].setdefault("params", []).append(parameter)
+    return [{"lr": g["peak_lr"], **g} for g in groups.values() if "params" in g]
+
+
+class Trainer:
+    """One rank's part of a run. Every rank makes one with the same config."""
+
+    def __init__(self, config: Config, *, console: bool = True) -> None:
+        """Raises ConfigError or ValueError for whatever can't work: layout, data, weights, checkpoint."""
+        need(config, "model", "train")
+        self.config, self.train_config, self.model_config = config, config.train, config.model
+        assert self.train_config is not None and self.model_config is not None, "checked by need()"
+        if not config.data.train:
+            raise ConfigError("data.train: no source to train on; give at least one name and path")
+        self.device = start_processes(config.parallel.timeout_seconds)
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.parallel = check_world(config, self.world)
+        self.group = dist.group.WORLD if self.world > 1 else None
+        self.dtype = DTYPES[self.train_config.dtype]
+
+        data = config.data
+        vocab_size = self.model_config.vocab_size
+        self.dataset = BlendedDataset(
+            [Source(s.name, s.path, s.weight) for s in data.train], data.seq_len, self.train_config.seed,
+            temperature=data.temperature, isolate_documents=data.isolate_documents, vocab_size=vocab_size,
+        )  # fmt: skip
+        self.eval_sets = {
+            s.name: EvalSet(s.name, s.path, data.seq_len, data.isolate_documents, self.train_config.eval_sequences, vocab_size=vocab_size)
+            for s in data.eval
+        }
+        self.tokenizer = ((read_meta(data.train[0].path) or {}).get("tokenizer") or {}).get("spec")
+
+        self.checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", config.checkpoint)
+        resume_step = self._together(self.checkpoints.latest)
+        if resume_step is not None and not config.resume:
+            raise ConfigError(f"run_dir {config.run_dir} has a checkpoint of step {resume_step}; set resume: true to go on, or choose another run_dir")
+        self.model = build_model(config, self.device, build_meshes(self.parallel, self.device))
+        self.parameters = dict(self.model.named_parameters())
+        train = self.train_config
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, config), lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, fused=True
+        )
+        self.controller = build_controller(self.model_config)
+        self.step = self.consumed_samples = self.tokens = self.updates = self.bad_in_a_row = self.skipped = 0
+        self.mean_active: float | None = None
+        self.fingerprint = self.dataset.fingerprint()
+        damaged: dict[int, str] = {}
+        if resume_step is not None:
+            self._resume()
+            damaged = self.checkpoints.damaged
+        if self.rank == 0:
+            Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+            (Path(config.run_dir) / "config.yaml").write_text(schema.to_yaml(config), encoding="utf-8")
+        self.metrics = Metrics(config.run_dir, config.log, resolved=schema.to_dict(config), resume_step=self.step, rank=self.rank, console=console)
+        for step, reason in damaged.items():
+            self.metrics.event("fallback", step=step, reason=reason)
+        if self.step:
+            self.metrics.event("resume", step=self.step, ranks=self.world)
+
+    def _together(self, read: Any) -> Any:
+        """Rank 0's answer, on all ranks: they may see a shared folder at different moments."""
+        answer = [read() if self.rank == 0 else None]
+        if self.world > 1:
+            dist.broadcast_object_list(answer, src=0, device=self.device if self.device.type == "cuda" else None)
+        return answer[0]
+
+    # ------------------------------------------------------------------------------------------------------------ state
+
+    def _state(self) -> dict[str, Tensor]:
+        """Parameters and AdamW's moments under flat names; the moments are made (zero) if there was no update yet."""
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            moments = self.optimizer.state[parameter]
+            if not moments:
+                moments["step"] = torch.tensor(0.0, device=self.device)
+                moments["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                moments["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state[f"model.{name}"] = parameter.detach()
+            state[f"optim.exp_avg.{name}"] = moments["exp_avg"].detach()
+            state[f"optim.exp_avg_sq.{name}"] = moments["exp_avg_sq"].detach()
+        return state
+
+    def save(self, *, wait: bool = False) -> None:
+        """A checkpoint of the step just done."""
+        meta = {
+            "step": self.step,
+            "consumed_samples": self.consumed_samples,
+            "tokens": self.tokens,
+            "updates": self.updates,
+            "skipped": self.skipped,
+            "bad_in_a_row": self.bad_in_a_row,
+            "mean_active": self.mean_active,
+            "controller": None if self.controller is None else self.controller.state(),
+            "data_fingerprint": self.fingerprint,
+            "tokenizer": self.tokenizer,
+            "config": schema.to_dict(self.config),
+        }
+        self.checkpoints.save(self.step, self._state(), meta, wait=wait)
+        self.metrics.event("checkpoint", step=self.step)
+
+    def _resume(self) -> None:
+        meta = self.checkpoints.load(self._state())
+        old = schema.config_from_dict(meta["config"], "of the checkpoint").model
+        if old is not None and old != self.model_config:
+            changed = _differences(schema.to_dict(old), schema.to_dict(self.model_config), "model")
+            # How a router is trained may change from run to run, what the model computes may not.
+            fixed = [line for line in changed if not line.startswith("model.moe.router.") or line.split(":")[0].endswith((".type", ".bias", ".top_k", ".input"))]
+            if fixed:
+                raise ConfigError(f"run_dir {self.config.run_dir}: its checkpoint is of another model; {'; '.join(fixed)}. Use another run_dir")
+        if meta["data_fingerprint"] != self.fingerprint:
+            raise ConfigError(
+                f"run_dir {self.config.run_dir}: its checkpoint was trained on other data (sources, weights, seq_len or seed differ), so the run "
+                f"can't go on with the same samples; use another run_dir and init_from to start from its weights"
+            )
+        self.step, self.consumed_samples, self.tokens = meta["step"], meta["consumed_samples"], meta["tokens"]
+        self.updates, self.skipped, self.bad_in_a_row = meta["updates"], meta["skipped"], meta["bad_in_a_row"]
+        self.mean_active = meta["mean_active"]
+        for moments in self.optimizer.state.values():
+            moments["step"].fill_(self.updates)
+        if self.controller is not None and meta["controller"] is not None:
+            self.controller.load(meta["controller"])
+
+    # ------------------------------------------------------------------------------------------------------------- step
+
+    def train_step(self, batches: list[Batch]) -> dict[str, Any]:
+        """One optimizer step over this rank's micro-batches; returns the record of the step, equal on all ranks."""
+        train = self.train_config
+        assert train is not None
+        batches = [{k: v.to(self.device, non_blocking=True) for k, v in batch.items()} for batch in batches]
+        count = torch.stack([(b["labels"] != IGNORE).sum() for b in batches]).sum().double()
+        if self.group is not None:
+            dist.all_reduce(count)
+        factors = coefficients(self.model_config, self.controller)
+        factor = learning_rate_factor(self.step, train.steps, train.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+        self.model.train()
+        sums = _Sums(self.model_config.num_layers, list(factors), len(self.config.data.train), self.device)
+        for batch in batches:
+            loss_sum, reports, token_losses = self._forward(batch, count.clamp(min=1))
+            loss = loss_sum / count.clamp(min=1).to(loss_sum.dtype)
+            for report in reports:
+                for name, value in report.losses.items():
+                    loss = loss + factors[name] * value
+            loss.backward()
+            sums.add(loss_sum, reports, token_losses, batch)
+        totals = sums.reduce(self.group)
+
+        norm = gradient_norm(self.parameters.values())
+        numbers = torch.stack([norm, count]).tolist()
+        grad_norm, tokens = numbers[0], int(numbers[1])
+        losses = {"lm": totals.lm / max(1, tokens), **totals.losses}
+        total = losses["lm"] + sum(factors[name] * losses[name] for name in factors)
+        good = math.isfinite(grad_norm) and math.isfinite(total)
+        if good:
+            if train.grad_clip is not None:
+                scale_gradients(self.parameters.values(), (train.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+            self.optimizer.step()
+            self.updates += 1
+        self.optimizer.zero_grad(set_to_none=True)
+
+        self.step += 1
+        self.tokens += tokens
+        self.consumed_samples += train.global_batch_size
+        self.bad_in_a_row = 0 if good else self.bad_in_a_row + 1
+        self.skipped += not good
+        record = {"step": self.step, "loss": total, **losses, "grad_norm": grad_norm, "lr": train.lr * factor, "tokens": self.tokens, "skipped": not good}
+        if self.controller is not None:
+            record["sparsity_coef"] = factors["sparsity"]
+        record["moe"] = totals.moe
+        if totals.mean_active is not None and good:
+            self.mean_active = totals.mean_active
+            if self.controller is not None:
+                self.controller.update(totals.mean_active)
+        record["sources"] = {s.name: v for s, v in zip(self.config.data.train, totals.sources) if v["tokens"]}
+        return {k: v for k, v in record.items() if v not in ({}, None)}
+
+    def _forward(self, batch: Batch, count: Tensor | None) -> tuple[Tensor, list[LayerReport], Tensor]:
+        """(summed loss, a report per layer, (B, S) losses). A token without a label has no routes: padding, or the last of its document, whose
+        output nobody reads."""
+        labels = batch["labels"]
+        offsets = torch.arange(labels.shape[1], device=labels.device)
+        assert self.train_config is not None
+        keys = batch["sample_index"][:, None] * labels.shape[1] + offsets + self.train_config.seed * 0x632BE59BD9B4E019 % 2**62
+        context = TokenContext(
+            keys=keys.flatten(), valid=(labels != IGNORE).flatten(), num_tokens=count if count is None else count.to(torch.promote_types(self.dtype, torch.float32)), group=self.group
+        )
+        isolate = self.config.data.isolate_documents
+        output = self.model(
+            batch["tokens"], labels=labels, positions=batch["positions"], document_ids=batch["document_ids"] if isolate else None,
+            context=context, dtype=self.dtype,
+        )  # fmt: skip
+        return output.loss_sum, output.reports, output.token_losses
+
+    # ------------------------------------------------------------------------------------------------------------- run
+
+    def train(self) -> dict[str, Any]:
+        """To the last step; returns the last record (an empty dict if there was nothing left to do)."""
+        config, train = self.config, self.train_config
+        assert train is not None
+        record: dict[str, Any] = {}
+        with self._batches(self.dataset, train.global_batch_size, start_sample=self.consumed_samples, prefetch=config.data.prefetch) as batches:
+            while self.step < train.steps:
+                began = time.perf_counter()
+                batch = next(batches)
+                loaded = time.perf_counter()
+                before = self.tokens
+                record = self.train_step(batch)
+                seconds = time.perf_counter() - began
+                record |= {"step_s": seconds, "data_s": loaded - began, "tokens_per_s": (self.tokens - before) / seconds}
+                if record["skipped"]:
+                    self.metrics.event("skipped", step=self.step, loss=record["loss"], grad_norm=record["grad_norm"])
+                if self.eval_sets and train.eval_every and (self.step % train.eval_every == 0 or self.step == train.steps):
+                    record["eval"] = self.evaluate()
+                self.metrics.log(record)
+                if self.bad_in_a_row >= train.max_bad_steps:
+                    raise RuntimeError(
+                        f"step {self.step}: loss or gradient was not finite in {self.bad_in_a_row} steps in a row (loss {record['loss']}, "
+                        f"gradient norm {record['grad_norm']}); lower train.lr, or look at the data of these steps"
+                    )
+                if config.checkpoint.every and self.step % config.checkpoint.every == 0 and self.step < train.steps:
+                    self.save()
+        if record:
+            self.save(wait=True)
+        return record
+
+    def _batches(self, dataset: BlendedDataset | EvalSet, batch_size: int, **options: Any) -> BatchIterator:
+        assert self.train_config is not None
+        return BatchIterator(
+            dataset, global_batch_size=batch_size, micro_batch_size=self.train_config.micro_batch_size, dp_rank=self.rank, dp_world=self.world, **options
+        )
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Loss (nats per token), perplexity and mean experts per token of each evaluation set. Collective."""
+        assert self.train_config is not None
+        self.model.eval()
+        results = {}
+        for name, dataset in self.eval_sets.items():
+            sums = _Sums(self.model_config.num_layers, [], 1, self.device)
+            with self._batches(dataset, self.train_config.micro_batch_size * self.world, prefetch=0) as batches:
+                for micro_batches in _until_end(batches, len(dataset)):
+                    for batch in micro_batches:
+                        batch = {k: v.to(self.device) for k, v in batch.items()}
+                        loss_sum, reports, token_losses = self._forward(batch, None)
+                        sums.add(loss_sum, reports, token_losses, {**batch, "source": batch["source"].clamp(min=0)})
+            totals = sums.reduce(self.group)
+            tokens = totals.sources[0]["tokens"]
+            loss = totals.lm / max(1, tokens)
+            results[name] = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens}
+            if totals.mean_active is not None:
+                results[name]["active"] = totals.mean_active
+        return results
+
+    def close(self) -> None:
+        """Wait for writing threads and leave the process group."""
+        self.checkpoints.close()
+        self.metrics.close()
+
+
+def _until_end(batches: BatchIterator, length: int) -> Iterator[list[Batch]]:
+    while batches.state()["consumed_samples"] < length:
+        yield next(batches)
+
+
+def _differences(old: Any, new: Any, name: str) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [line for k in {**old, **new} for line in _differences(old.get(k), new.get(k), f"{name}.{k}")]
+    return [] if old == new else [f"{name}: {old} there, {new} here"]
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """Over all ranks. lm: summed loss. losses: by name. sources: mean loss and tokens of each. moe: statistics by layer. mean_active: over layers."""
+
+    lm: float
+    losses: dict[str, float]
+    sources: list[dict[str, Any]]
+    moe: dict[str, list[float]]
+    mean_active: float | None
+
+
+class _Sums:
+    """Sums over tokens of a step or an evaluation, and one collective that adds them over ranks."""
+
+    def __init__(self, num_layers: int, losses: list[str], num_sources: int, device: torch.device) -> None:
+        self.loss_names, self.num_layers = losses, num_layers
+        self.lm = torch.zeros((), dtype=torch.float64, device=device)
+        self.losses = torch.zeros(len(losses), dtype=torch.float64, device=device)
+        self.sources = torch.zeros(2, num_sources, dtype=torch.float64, device=device)
+        self.layers: list[Tensor | None] = [None] * num_layers
+
+    @torch.no_grad()
+    def add(self, loss_sum: Tensor, reports: list[LayerReport], token_losses: Tensor, batch: Batch) -> None:
+        self.lm += loss_sum.detach()
+        counted = (batch["labels"] != IGNORE).sum(-1).double()
+        self.sources[0].index_add_(0, batch["source"], token_losses.double().sum(-1))
+        self.sources[1].index_add_(0, batch["source"], counted)
+        for i, report in enumerate(reports):
+            if self.loss_names:
+                self.losses += torch.stack([report.losses[n].detach().double() if n in report.losses else self.lm.new_zeros(()) for n in self.loss_names])
+            if report.stats:
+                s = report.stats
+                packed = torch.cat([torch.stack([s["tokens"], s["active_sq"], s["empty"], s["probes"]]), s["load"]])
+                self.layers[i] = packed if self.layers[i] is None else self.layers[i] + packed
+
+    def reduce(self, group: dist.ProcessGroup | None) -> _Totals:
+        sparse = [layer for layer in self.layers if layer is not None]
+        flat = torch.cat([self.lm[None], self.losses, self.sources.flatten(), *sparse])
+        if group is not None:
+            dist.all_reduce(flat, group=group)
+        values = flat.tolist()
+        lm, values = values[0], values[1:]
+        losses, values = dict(zip(self.loss_names, values)), values[len(self.loss_names) :]
+        n = self.sources.shape[1]
+        sources = [{"loss": total / tokens if tokens else 0.0, "tokens": int(tokens)} for total, tokens in zip(values[:n], values[n : 2 * n])]
+        values = values[2 * n :]
+        moe: dict[str, list[float]] = {}
+        for layer in sparse:
+            (tokens, squares, empty, probes), load = values[:4], values[4 : layer.numel()]
+            values = values[layer.numel() :]
+            tokens, routes = max(1.0, tokens), sum(load)
+            mean = routes / tokens
+            for name, value in {
+                "active": mean,
+                "active_std": math.sqrt(max(0.0, squares / tokens - mean * mean)),
+                "load_max_mean": max(load) * len(load) / routes if routes else 0.0,
+                "dead": sum(count == 0 for count in load),
+                "probe_share": probes / (tokens * len(load)),
+                "empty": empty / tokens,
+            }.items():
+                moe.setdefault(name, []).append(value)
+        active = moe.get("active")
+        return _Totals(lm, losses, sources, moe, sum(active) / len(active) if active else None)
+
+
+def run(config: Config) -> None:
+    """`moetrain train`: the run of this rank, from launch to the last checkpoint."""
+    trainer = Trainer(config)
+    try:
+        if trainer.step >= trainer.train_config.steps:
+            if trainer.rank == 0:
+                print(f"nothing to do: {config.run_dir} has already done {trainer.step} of {trainer.train_config.steps} steps")
+        trainer.train()
+    finally:
+        trainer.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,126 @@
+"""The modelling code that travels with an exported model: loaded by AutoModelForCausalLM with trust_remote_code it computes our logits, for
+every router option and attention feature, with and without a cache, with padding; and it generates what we generate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as hf
+
+from moetrain.config import GenerateConfig, ModelConfig, MoEConfig, RopeScaling, SigmoidSteRouter, TopKRouter
+from moetrain.convert.huggingface import read_config, read_tensors, write_model
+from moetrain.generate import generate
+from moetrain.model import Transformer, init_weights
+
+VOCAB = 61
+YARN = RopeScaling(type="yarn", factor=4.0, original_max_position_embeddings=16)
+LLAMA3 = RopeScaling(type="llama3", factor=4.0, original_max_position_embeddings=32, low_freq_factor=1.0, high_freq_factor=4.0)
+LINEAR = RopeScaling(type="linear", factor=2.0)
+
+MODELS = {
+    "dsmoe": dict(router=SigmoidSteRouter()),
+    "threshold": dict(router=SigmoidSteRouter(threshold=0.7, rescale="none")),
+    "top1": dict(router=SigmoidSteRouter(threshold=0.8, zero_routes="top1")),
+    "no_rescale_in_eval": dict(router=SigmoidSteRouter(rescale_in_eval=False)),
+    "bias": dict(router=SigmoidSteRouter(bias=True, bias_init=-0.5)),
+    "residual": dict(router=SigmoidSteRouter(input="residual")),
+    "topk": dict(router=TopKRouter(top_k=2, normalize=False, output_scale=2.0)),
+    "topk_odd_bias": dict(router=TopKRouter(top_k=2), o_bias=True),
+    "qk_norm_tied_yarn": dict(router=SigmoidSteRouter(), qk_norm=True, tie_embeddings=True, rope_scaling=YARN),
+    "biases_llama3": dict(router=SigmoidSteRouter(), qkv_bias=True, o_bias=True, rope_scaling=LLAMA3),
+    "window_all_linear": dict(router=SigmoidSteRouter(), sliding_window=4, rope_scaling=LINEAR),
+    "window_some": dict(router=SigmoidSteRouter(), sliding_window=4, sliding_layers=[1], head_dim=16),
+    "one_expert": dict(router=SigmoidSteRouter(), num_experts=1),
+    "dense": dict(router=None, qk_norm=True, mlp_bias=True, sliding_window=4, sliding_layers=[0]),
+}
+
+
+def make(name, folder, dtype=torch.float64):
+    options = dict(MODELS[name])
+    router, num_experts = options.pop("router"), options.pop("num_experts", 4)
+    config = ModelConfig(
+        vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=32, max_position_embeddings=64,
+        moe=None if router is None else MoEConfig(num_experts=num_experts, expert_dim=16, router=router), **options,
+    )  # fmt: skip
+    model = Transformer(config).to(dtype).eval()
+    init_weights(model, 0)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            p.add_(torch.randn(p.shape, generator=generator, dtype=dtype) * 0.25)
+    write_model(folder, config, model.named_parameters())
+    return model, hf.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
+
+
+def random_tokens(shape=(3, 19), seed=1):
+    return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_logits_cache_padding_and_generation(name, tmp_path):
+    ours, theirs = make(name, tmp_path / "model")
+    assert type(theirs).__name__ == "MoetrainForCausalLM"
+    tokens = random_tokens()
+    output = ours(tokens)
+    expected = output.logits
+    if name in ("dsmoe", "threshold", "bias"):
+        counts = [int(r.stats["empty"]) for r in output.reports]
+        assert sum(counts) > 0 and sum(counts) < tokens.numel() * 2, f"the case must have tokens with and without routes: {counts}"
+    found = theirs(tokens)
+    difference = (found.logits - expected).abs().max().item()
+    print(f"{name}: max |difference| {difference:.1e}")
+    assert difference <= 1e-10
+    # In pieces through the cache.
+    cache, pieces = None, []
+    for part in tokens.split([7, 1, 5, 1, 5], dim=1):
+        out = theirs(part, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        pieces.append(out.logits)
+    assert (torch.cat(pieces, 1) - expected).abs().max() <= 1e-10
+    # Padding on the left changes nothing for the real tokens.
+    mask = torch.ones_like(tokens)
+    mask[0, :6] = mask[1, :1] = 0
+    padded = theirs(tokens, attention_mask=mask).logits
+    for row, start in ((0, 6), (1, 1), (2, 0)):
+        assert (padded[row, start:] - ours(tokens[row : row + 1, start:]).logits[0]).abs().max() <= 1e-10
+    # Greedy text: with cache, without, and ours.
+    options = dict(max_new_tokens=12, do_sample=False, pad_token_id=0)
+    # Without a mask generate() takes a token 0 of the prompt for padding.
+    seen = torch.ones_like(tokens)
+    cached, plain = (theirs.generate(tokens, attention_mask=seen, use_cache=c, **options) for c in (True, False))
+    assert torch.equal(cached, plain)
+    assert torch.equal(cached, generate(ours, tokens, GenerateConfig(max_new_tokens=12)))
+    batch = theirs.generate(tokens, attention_mask=mask, **options)
+    assert torch.equal(batch[0, 19:], generate(ours, tokens[:1, 6:], GenerateConfig(max_new_tokens=12))[0, 13:])
+
+
+@torch.no_grad()
+def test_loss_bfloat16_and_saving_again(tmp_path):
+    ours, theirs = make("dsmoe", tmp_path / "model", torch.float32)
+    tokens = random_tokens()
+    assert (theirs(tokens).logits - ours(tokens).logits).abs().max() <= 1e-5
+    labels = torch.full_like(tokens, -100)
+    labels[:, 4:] = tokens[:, 4:]
+    shifted = torch.cat((labels[:, 1:], torch.full((3, 1), -100)), dim=1)
+    expected = ours(tokens, labels=shifted).loss_sum / (shifted != -100).sum()
+    assert abs(theirs(tokens, labels=labels).loss - expected) <= 1e-5
+    half = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True, dtype=torch.bfloat16)
+    assert half(tokens).logits.dtype == torch.bfloat16
+    theirs.save_pretrained(tmp_path / "again")
+    # What transformers wrote is read by us, and the code went along.
+    config = read_config(tmp_path / "again")
+    assert config == ours.config
+    for name, tensor in read_tensors(tmp_path / "again", config):
+        assert torch.equal(tensor, ours.state_dict()[name])
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert torch.equal(again(tokens).logits, theirs(tokens).logits)
+
+
+@torch.no_grad()
+def test_static_cache(tmp_path):
+    """A cache longer than what is in it: the room behind is never seen."""
+    _, theirs = make("window_some", tmp_path / "model")
+    tokens = random_tokens((1, 9))
+    options = dict(max_new_tokens=10, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(tokens))
+    assert torch.equal(theirs.generate(tokens, cache_implementation="static", disable_compile=True, **options), theirs.generate(tokens, **options))

@@ -1,0 +1,120 @@
+"""Dense -> mixture: with every gate open the mixture is the dense model, in our code and in transformers; reports, refusals, killed runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import transformers as hf
+
+from moetrain.config import SigmoidSteRouter, TopKRouter, UpcycleConfig
+from moetrain.convert import huggingface
+from moetrain.convert.huggingface import parameter_shapes, read_config, read_tensors, write_model
+from moetrain.convert.upcycle import upcycle
+from moetrain.model import Transformer, initial_tensor
+from tests.convert.test_huggingface import FAMILIES, load_ours, logits, random_tokens, save_stock
+
+OPEN = SigmoidSteRouter(rescale="none", bias=True, bias_init=40.0)
+
+
+@pytest.mark.parametrize("name", [n for n, (c, _) in FAMILIES.items() if n not in ("llama_biases",) and "moe" not in n and "mixtral" not in n])
+def test_open_gates_are_the_dense_model(name, tmp_path):
+    """sigmoid(40) rounds to 1 in float32, so nothing but the order of sums differs."""
+    stock = save_stock(name, tmp_path / "dense")
+    upcycle(UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "moe"), num_experts=8, router=OPEN, max_shard_bytes=30_000))
+    expected = logits(stock, random_tokens())
+    assert (logits(load_ours(tmp_path / "moe"), random_tokens()) - expected).abs().max() <= 1e-5
+    exported = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "moe", trust_remote_code=True).eval()
+    assert (logits(exported, random_tokens()) - expected).abs().max() <= 1e-5
+
+
+def test_llama_moe_with_every_expert_is_the_dense_model(tmp_path):
+    """k = E and equal gates: weights 1/E times E / k ... times E is what output_scale E gives."""
+    stock = save_stock("llama", tmp_path / "dense")
+    router = TopKRouter(top_k=4, output_scale=4.0, init_std=1e-12)
+    report = upcycle(UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "moe"), method="llama_moe", num_experts=4, router=router))
+    assert report.model_type == "mixtral"
+    exported = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "moe").eval()
+    assert (logits(exported, random_tokens()) - logits(stock, random_tokens())).abs().max() <= 1e-5
+
+
+def test_defaults_and_report(tmp_path):
+    save_stock("qwen2_tied", tmp_path / "dense", torch.bfloat16)
+    (tmp_path / "dense" / "tokenizer.json").write_text('{"a": 1}')
+    (tmp_path / "dense" / "evil.py").write_text("raise SystemExit")
+    raw = json.loads((tmp_path / "dense" / "config.json").read_text())
+    (tmp_path / "dense" / "config.json").write_text(json.dumps({**raw, "eos_token_id": [3, 4], "bos_token_id": 5}))
+    steps = []
+    config = UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "moe"), seed=7)
+    report = upcycle(config, progress=lambda done, total: steps.append((done, total)))
+    dense = read_config(tmp_path / "dense")
+    assert steps == [(i + 1, len(parameter_shapes(dense))) for i in range(len(steps))] and len(steps) == len(parameter_shapes(dense))
+    mixture = read_config(tmp_path / "moe")
+    assert mixture == report.config and mixture.moe.num_experts == 8 and mixture.moe.expert_dim == 6 and mixture.moe.router == SigmoidSteRouter()
+    model = Transformer(mixture)
+    assert report.parameters == sum(p.numel() for p in model.parameters()) == report.dense_parameters + 2 * 8 * 32
+    assert report.activated[8] == report.parameters and report.activated[1] == report.parameters - 2 * 7 * 3 * 32 * 6
+    assert sorted(report.files) == sorted(os.listdir(tmp_path / "moe")) and "tokenizer.json" in report.files and "evil.py" not in report.files
+    assert json.loads((tmp_path / "moe" / "config.json").read_text())["eos_token_id"] == [3, 4]
+    tensors = dict(read_tensors(tmp_path / "moe", mixture))
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    name = "layers.1.ffn.router.weight"
+    assert torch.equal(tensors[name], initial_tensor(name, (8, 32), mixture, 7).bfloat16())
+
+
+def test_llama_moe_defaults(tmp_path):
+    save_stock("llama", tmp_path / "dense")
+    for experts, k in ((8, 3), (16, 6), (2, 1)):
+        report = upcycle(UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / f"moe{experts}"), method="llama_moe", num_experts=experts))
+        router = report.config.moe.router
+        assert (router.top_k, router.output_scale) == (k, experts / k) and list(report.activated) == [k]
+    given = UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "c"), method="llama_moe", router=TopKRouter(top_k=2))
+    assert upcycle(given).config.moe.router.output_scale == 4.0
+
+
+def test_refusals_write_nothing(tmp_path):
+    save_stock("llama_biases", tmp_path / "bias")
+    save_stock("llama", tmp_path / "dense")
+    save_stock("mixtral", tmp_path / "moe")
+    out = str(tmp_path / "out")
+    for options, message in (
+        (dict(dense="bias"), "mlp_bias: true"),
+        (dict(dense="moe"), "mixture of 4 experts already"),
+        (dict(dense="dense", num_experts=7), r"upcycle.num_experts \(7\) does not divide intermediate_size \(48\).*nearest that does: 6"),
+        (dict(dense="nowhere"), "nowhere"),
+    ):
+        options["dense"] = str(tmp_path / options["dense"])
+        with pytest.raises(ValueError, match=message):
+            upcycle(UpcycleConfig(output=out, **options))
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        upcycle(UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "moe")))
+    assert sorted(os.listdir(tmp_path)) == ["bias", "dense", "moe"]
+
+
+def test_killed_run_leaves_no_folder_of_that_name(tmp_path):
+    """SIGKILL between two shards; then the same command works."""
+    save_stock("llama", tmp_path / "dense")
+    program = f"""
+import time
+from moetrain.config import UpcycleConfig
+from moetrain.convert.upcycle import upcycle
+def progress(done, total):
+    if done == 12:
+        print("here", flush=True)
+        time.sleep(60)
+upcycle(UpcycleConfig(dense={str(tmp_path / "dense")!r}, output={str(tmp_path / "moe")!r}, max_shard_bytes=5000), progress)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"here\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    partial = [p for p in tmp_path.iterdir() if p.name != "dense"]
+    assert len(partial) == 1 and partial[0].name.startswith(".moe.") and partial[0].name.endswith(".partial") and list(partial[0].glob("shard-*"))
+    upcycle(UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "moe")))
+    assert read_config(tmp_path / "moe").moe is not None

@@ -1,0 +1,241 @@
+"""N ranks compute what one rank computes: loss, every gradient, gradient norm and weights after three AdamW steps, against the loop reference
+on one process, in float64, for every layout; and again after save -> another layout -> load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from moetrain.config import Config, ModelConfig, config_from_dict
+from moetrain.data.dataset import IGNORE, BatchIterator, BlendedDataset, Source
+from moetrain.data.indexed import IndexedWriter
+from moetrain.model import Transformer, init_weights
+from moetrain.moe.losses import coefficients
+from moetrain.moe.routing import TokenContext
+from moetrain.parallel.parallelize import copy_whole, wholes
+from moetrain.train import Trainer, learning_rate_factor
+from tests.distributed import run
+from tests.reference import ReferenceMoE
+
+STEPS = 3
+ROUTERS = {
+    "exact": {"type": "sigmoid_ste"},
+    "sampled": {"type": "sigmoid_ste", "ste": "sampled", "probe_rate": 0.3},
+    "off": {"type": "sigmoid_ste", "ste": "off"},
+    "topk": {"type": "topk", "top_k": 2, "z_coef": 1e-3},
+}
+# dp_replicate, dp_shard, ep
+LAYOUTS = [(1, 1, 1), (1, 1, 2), (1, 1, 4), (1, 2, 1), (1, 2, 2), (2, 1, 2), (1, 2, 4), (2, 2, 1), (2, 1, 1)]
+
+
+def write_data(prefix: Path, documents: int = 40, vocab: int = 50, seed: int = 0) -> None:
+    generator = np.random.default_rng(seed)
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for _ in range(documents):
+            writer.add_document(generator.integers(0, vocab, generator.integers(3, 40)).astype(np.uint16))
+
+
+def make_config(folder: Path, router: str = "exact", layout: tuple[int, int, int] = (1, 1, 1), **changes: Any) -> Config:
+    world = layout[0] * layout[1] * layout[2]
+    tree: dict[str, Any] = {
+        "run_dir": str(folder / "run"),
+        "model": {
+            "vocab_size": 50, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 16,
+            "max_position_embeddings": 64, "init_std": 0.3,
+            "moe": {"num_experts": 8, "expert_dim": 6, "router": {**ROUTERS[router], "init_std": 0.7}},
+        },
+        "data": {"seq_len": 12, "train": [{"name": "a", "path": str(folder / "a")}, {"name": "b", "path": str(folder / "b")}], "prefetch": 0},
+        "parallel": {"dp_replicate": layout[0], "dp_shard": layout[1], "ep": layout[2]},
+        "train": {
+            "steps": STEPS, "global_batch_size": 16, "micro_batch_size": 8 // world, "lr": 1e-2, "router_lr": 2e-2, "expert_lr": 5e-3,
+            "dtype": "float64", "grad_clip": 0.5, "schedule": {"warmup_steps": 2}, "seed": 3,
+        },
+        "log": {"every": 1000},
+    }  # fmt: skip
+    for key, value in changes.items():
+        node = tree
+        *path, last = key.split("__")
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return config_from_dict(tree)
+
+
+def reference(config: Config, how: str) -> dict[str, Any]:
+    """Loss, gradients and norm of each step and the last weights, by the loop, on one process, without our trainer's code."""
+    model_config, train = config.model, config.train
+    model = Transformer(model_config).double()
+    for i, block in enumerate(model.layers):
+        block.ffn = ReferenceMoE(model_config, i).double()
+    init_weights(model, train.seed)
+    plant(model, how)
+    dataset = BlendedDataset([Source(s.name, s.path) for s in config.data.train], config.data.seq_len, train.seed, vocab_size=50)
+    names = dict(model.named_parameters())
+    groups = []
+    for name, p in names.items():
+        decay = 0.0 if p.ndim < 2 or "router" in name else train.weight_decay
+        lr = train.expert_lr if "experts" in name else train.router_lr if "router" in name else train.lr
+        groups.append({"params": [p], "weight_decay": decay, "peak": lr})
+    optimizer = torch.optim.AdamW(groups, betas=(train.beta1, train.beta2), eps=train.eps, foreach=False)
+    found: dict[str, Any] = {"loss": [], "norm": [], "grads": []}
+    for step in range(STEPS):
+        samples = [dataset[step * train.global_batch_size + i] for i in range(train.global_batch_size)]
+        labels = torch.from_numpy(np.stack([s.labels for s in samples]))
+        count = (labels != IGNORE).sum().double()
+        total = torch.zeros((), dtype=torch.float64)
+        for half in range(2):  # micro-batches of 8 samples over all ranks
+            part = slice(half * 8, half * 8 + 8)
+            keys = torch.stack([s.index * 12 + torch.arange(12) for s in samples[part]]) + train.seed * 0x632BE59BD9B4E019 % 2**62
+            context = TokenContext(keys=keys.flatten(), valid=(labels[part] != IGNORE).flatten(), num_tokens=count)
+            stack = lambda field: torch.from_numpy(np.stack([getattr(s, field) for s in samples[part]]))  # noqa: E731
+            output = model(stack("tokens"), labels=labels[part], positions=stack("positions"), document_ids=stack("document_ids"), context=context)
+            loss = output.loss_sum / count
+            for report in output.reports:
+                for name, factor in coefficients(model_config, None).items():
+                    loss = loss + factor * report.losses[name]
+            loss.backward()
+            total += loss.detach()
+        for g in optimizer.param_groups:
+            g["lr"] = g["peak"] * learning_rate_factor(step, train.steps, train.schedule)
+        found["loss"].append(total.item())
+        found["grads"].append({n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in names.items()})
+        found["norm"].append(torch.nn.utils.clip_grad_norm_(names.values(), train.grad_clip).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    found["weights"] = {n: p.detach().clone() for n, p in names.items()}
+    return found
+
+
+@torch.no_grad()
+def plant(model: torch.nn.Module, how: str) -> None:
+    """Start weights of the awkward cases: feature 0 of the residual stream large and positive, and routers that look at little else."""
+    if how == "mixed":
+        return
+    for name, p in model.named_parameters():
+        whole = next(wholes(iter([(name, p)])))[1].clone()
+        if name == "embed.weight":
+            whole[:, 0] = 3.0
+        if name.endswith("router.weight"):
+            whole[:, 0] = -5.0
+            if how == "one expert":
+                whole[5, 0] = 5.0
+            if how == "one rank":
+                whole[len(whole) // 2 :, 0] = 0.0
+        copy_whole(p, whole)
+
+
+def rank_main(config: Config, how: str, steps: int = STEPS, save: bool = False) -> dict[str, Any]:
+    trainer = Trainer(config, console=False)
+    if trainer.step == 0:
+        plant(trainer.model, how)
+    grads: list[dict[str, np.ndarray]] = []
+    step = trainer.optimizer.step
+
+    def note_then_step(*args: Any) -> None:
+        # As the optimizer sees them, that is clipped.
+        grads.append({n: g.numpy().copy() for n, g in wholes((n, p.grad) for n, p in trainer.parameters.items())})
+        step(*args)
+
+    trainer.optimizer.step = note_then_step
+    records = []
+    with trainer._batches(trainer.dataset, config.train.global_batch_size, start_sample=trainer.consumed_samples, prefetch=0) as batches:
+        while trainer.step < steps:
+            records.append(trainer.train_step(next(batches)))
+    if save:
+        trainer.save(wait=True)
+    weights = {n: w.numpy().copy() for n, w in wholes(iter(trainer.parameters.items()))}
+    trainer.close()
+    keep = not dist.is_initialized() or dist.get_rank() == 0
+    return {"records": records, "grads": grads, "weights": weights} if keep else {}
+
+
+def start(configs: list[Config], how: str, **options: Any) -> list[dict[str, Any]]:
+    """The runs of several configs of one layout, one after the other in the same processes: starting processes is what takes time."""
+    parallel = configs[0].parallel
+    world = parallel.dp_replicate * parallel.dp_shard * parallel.ep
+    return _spread(configs, how, options) if world == 1 else run(_spread, world, configs, how, options)[0]
+
+
+def _spread(configs: list[Config], how: str, options: dict[str, Any]) -> list[dict[str, Any]]:
+    return [rank_main(config, how, **options) for config in configs]
+
+
+def assert_same(got: dict[str, Any], want: dict[str, Any], clip: float, first: int = 0) -> None:
+    tolerance = dict(rtol=1e-9, atol=1e-11)
+    for i, record in enumerate(got["records"], first):
+        np.testing.assert_allclose(record["loss"], want["loss"][i], rtol=1e-9, err_msg=f"loss of step {i}")
+        np.testing.assert_allclose(record["grad_norm"], want["norm"][i], rtol=1e-9, err_msg=f"norm of step {i}")
+        factor = min(1.0, clip / (want["norm"][i] + 1e-6))
+        for name, grad in want["grads"][i].items():
+            np.testing.assert_allclose(got["grads"][i - first][name], grad.numpy() * factor, **tolerance, err_msg=f"gradient of {name} in step {i}")
+    for name, weight in want["weights"].items():
+        np.testing.assert_allclose(got["weights"][name], weight.numpy(), **tolerance, err_msg=f"weight {name}")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder / "a", seed=1)
+    write_data(folder / "b", documents=20, seed=2)
+    return folder
+
+
+_references: dict[tuple[str, str], dict[str, Any]] = {}
+
+
+def wanted(config: Config, router: str, how: str) -> dict[str, Any]:
+    if (router, how) not in _references:
+        _references[router, how] = reference(config, how)
+    return _references[router, how]
+
+
+def layout_id(layout: tuple[int, int, int]) -> str:
+    return "replicate{}-shard{}-ep{}".format(*layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
+def test_ranks_equal_one_rank(layout, data, tmp_path):
+    configs = [make_config(data, router, layout, run_dir=str(tmp_path / router)) for router in ROUTERS]
+    for router, config, got in zip(ROUTERS, configs, start(configs, "mixed")):
+        assert_same(got, wanted(config, router, "mixed"), config.train.grad_clip)
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 1), (1, 1, 4), (1, 2, 2)], ids=layout_id)
+@pytest.mark.parametrize("how", ["closed", "one expert", "one rank"])
+def test_awkward_routes(how, layout, data, tmp_path):
+    """Tokens without an expert, experts without a token, ranks without a token, all tokens on one expert."""
+    routers = ["exact", "sampled", "off"]
+    configs = [make_config(data, router, layout, run_dir=str(tmp_path / router)) for router in routers]
+    for router, config, got in zip(routers, configs, start(configs, how)):
+        assert_same(got, wanted(config, router, how), config.train.grad_clip)
+        moe = got["records"][0]["moe"]
+        if how == "closed":
+            assert moe["empty"][0] == 1.0 and moe["dead"][0] == 8
+        if how == "one expert":
+            assert moe["dead"][0] == 7 and moe["active"][0] == 1.0
+        if how == "one rank":
+            assert moe["dead"][0] >= 4 and moe["active"][0] > 0
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 1), (1, 2, 2)], ids=layout_id)
+def test_checkpointed_blocks_replay_their_routes(layout, data, tmp_path):
+    """Activation checkpointing changes no number."""
+    configs = [make_config(data, r, layout, train__activation_checkpointing="block", run_dir=str(tmp_path / r)) for r in ("sampled", "topk")]
+    for router, config, got in zip(("sampled", "topk"), configs, start(configs, "mixed")):
+        assert_same(got, wanted(config, router, "mixed"), config.train.grad_clip)
+
+
+@pytest.mark.parametrize(("first", "second"), [((1, 1, 4), (1, 2, 1)), ((1, 2, 2), (1, 1, 1)), ((1, 1, 1), (2, 1, 2))])
+def test_save_then_load_under_another_layout(first, second, data, tmp_path):
+    """Two steps under one layout, the third under another, equal three steps under one."""
+    routers = ["sampled", "topk"]
+    start([make_config(data, r, first, run_dir=str(tmp_path / r)) for r in routers], "mixed", steps=2, save=True)
+    configs = [make_config(data, r, second, run_dir=str(tmp_path / r)) for r in routers]
+    for router, config, got in zip(routers, configs, start(configs, "mixed")):
+        assert len(got["records"]) == 1
+        assert_same(got, wanted(config, router, "mixed"), config.train.grad_clip, first=2)
