@@ -1,4 +1,4 @@
-"""Builds `moetrain._C` from csrc/: the CPU kernels always, the CUDA kernels if torch has CUDA and nvcc is found.
+"""Builds `moetrain._C` from csrc/: the CPU kernels always, the CUDA kernels if torch and nvcc can.
 
 MOETRAIN_CUDA=1 demands the CUDA kernels, MOETRAIN_CUDA=0 leaves them out. No GPU is looked for: a container
 without one builds what the machine it will run on needs. TORCH_CUDA_ARCH_LIST says for which GPUs (default
@@ -16,12 +16,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-DEFAULT_CUDA_ARCHS = "8.0;9.0a;10.0"  # A100, H100 and H200, B200
 TORCH_TARGET_VERSION = "0x020A000000000000"  # 2.10
-PYTHON_LIMITED_API = "0x030A0000"  # 3.10
 
-# pip's build isolation hides the installed torch, and a copy of its own could be another version or lack CUDA.
-# The extension has to fit the torch it will run with, so that one is looked up where it is installed.
+# pip's build isolation hides the installed torch, and a copy of its own could be another version or lack
+# CUDA. The extension has to fit the torch it will run with, so that one is looked up where it is installed.
 for path in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
     if path not in sys.path:
         sys.path.append(path)
@@ -35,16 +33,17 @@ except ImportError as error:
 
 
 def find_cuda_home() -> Path | None:
-    """The toolkit's directory: CUDA_HOME, CUDA_PATH, or where nvcc on PATH lies."""
-    for name in ("CUDA_HOME", "CUDA_PATH"):
-        home = os.environ.get(name)
-        if home and (Path(home) / "bin" / "nvcc").is_file():
-            return Path(home)
+    """The toolkit's directory: CUDA_HOME, CUDA_PATH, where nvcc on PATH lies, or /usr/local/cuda."""
+    candidates = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     nvcc = shutil.which("nvcc")
     if nvcc:
-        return Path(nvcc).resolve().parent.parent
-    default = Path("/usr/local/cuda")
-    return default if (default / "bin" / "nvcc").is_file() else None
+        candidates.append(Path(nvcc).resolve().parent.parent)
+    candidates.append(Path("/usr/local/cuda"))
+    for home in candidates:
+        # The header too: nvcc on PATH can be a wrapper that lies elsewhere.
+        if (home / "bin" / "nvcc").is_file() and (home / "include" / "cuda_runtime.h").is_file():
+            return home
+    return None
 
 
 def use_cuda() -> bool:
@@ -64,6 +63,12 @@ def use_cuda() -> bool:
     return not missing
 
 
+def default_cuda_archs() -> str:
+    """A100, with PTX that any newer GPU can translate; H100 and H200; B200, which CUDA knows from 12.8 on."""
+    version = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
+    return "8.0+PTX;9.0a;10.0" if version >= (12, 8) else "8.0+PTX;9.0a"
+
+
 def files(pattern: str) -> list[str]:
     """Relative to the project, as setuptools demands."""
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
@@ -72,12 +77,12 @@ def files(pattern: str) -> list[str]:
 def extension() -> Extension:
     """The extension as torch's build helper wants it."""
     sources = ["csrc/ops.cpp", *files("csrc/cpu/*.cpp")]
-    macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("Py_LIMITED_API", PYTHON_LIMITED_API)]
+    macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
     cxx_flags = ["-O3", "-Wall", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
     if use_cuda():
         home = find_cuda_home()
         os.environ.setdefault("CUDA_HOME", str(home))
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_cuda_archs())
         cpp_extension.CUDA_HOME = str(home)
         sources += files("csrc/cuda/*.cu")
         macros.append(("USE_CUDA", None))

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Compiles every CUDA source for every architecture, and the operators with CUDA on, without linking. Needs nvcc and any torch
-# (the CPU wheel will do: the sources use torch's stable ABI only), but no GPU. One line per file and architecture.
+# (the CPU wheel will do: the sources use torch's stable ABI only), but no GPU. One line per file with its architectures; one
+# compiler run takes them all, which halves the time.
 # Usage: bash csrc/compile_cuda.sh [ARCH...]      default: sm_80 sm_90a sm_100
 set -uo pipefail
 
@@ -29,11 +30,15 @@ compile() {
   fi
 }
 
+# The flags are those that torch.utils.cpp_extension gives nvcc, and warnings are errors.
+flags=(-c -std=c++17 -O3 --expt-relaxed-constexpr -Werror all-warnings -Xcompiler -Wall
+  -D__CUDA_NO_HALF_OPERATORS__ -D__CUDA_NO_HALF_CONVERSIONS__ -D__CUDA_NO_HALF2_OPERATORS__
+  -D__CUDA_NO_BFLOAT16_CONVERSIONS__)
+for arch in "${archs[@]}"; do
+  flags+=(-gencode "arch=compute_${arch#sm_},code=$arch")
+done
 for path in "$csrc"/cuda/*.cu; do
-  for arch in "${archs[@]}"; do
-    compile "cuda/$(basename "$path")" "$arch" \
-      nvcc -c -std=c++17 -O3 -Werror all-warnings -Xcompiler -Wall -gencode "arch=compute_${arch#sm_},code=$arch"
-  done
+  compile "cuda/$(basename "$path")" "${archs[*]}" nvcc "${flags[@]}"
 done
 
 read -r -d '' query <<'PYTHON'

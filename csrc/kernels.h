@@ -15,7 +15,7 @@ enum class DType { f32, bf16, f16, f64 };
 
 // Mask to routes. A stable counting sort: the result does not depend on the number of threads or blocks.
 struct RouteArgs {
-  const uint8_t* mask;   // (T, E), 0 or 1
+  const uint8_t* mask;   // (T, E), 0 or not
   int64_t num_tokens;    // T
   int64_t num_experts;   // E
   int64_t num_routes;    // R, the number of ones in mask according to the caller

@@ -22,9 +22,12 @@ STABLE_TORCH_LIBRARY(moetrain, m) {
   m.def("route(Tensor mask, SymInt num_routes) -> (Tensor tokens, Tensor counts, Tensor row_offsets, Tensor positions)");
   m.def("permute(Tensor x, Tensor tokens, Tensor row_offsets, Tensor positions) -> Tensor");
   m.def("combine(Tensor rows, Tensor tokens, Tensor row_offsets, Tensor positions, Tensor? weights) -> Tensor");
-  m.def("combine_backward(Tensor grad, Tensor tokens, Tensor? rows, Tensor? weights) -> (Tensor grad_rows, Tensor grad_weights)");
+  m.def(
+      "combine_backward(Tensor grad, Tensor tokens, Tensor? rows, Tensor? weights) -> (Tensor grad_rows, Tensor grad_weights)");
   m.def("swiglu(Tensor gate_up, Tensor? weights) -> Tensor");
-  m.def("swiglu_backward(Tensor grad, Tensor gate_up, Tensor? weights) -> (Tensor grad_gate_up, Tensor grad_weights, Tensor activation)");
+  m.def(
+      "swiglu_backward(Tensor grad, Tensor gate_up, Tensor? weights) -> "
+      "(Tensor grad_gate_up, Tensor grad_weights, Tensor activation)");
   m.def("swiglu_dot(Tensor grad, Tensor gate_up) -> Tensor");
 }
 
@@ -96,9 +99,11 @@ Tensor checked_index(const char* op, const char* name, const Tensor& index, int6
 void check_range(const char* op, const char* name, const Tensor& index, int64_t bound) {
   if (!index.is_cpu() || index.numel() == 0) return;
   const int32_t* values = static_cast<const int32_t*>(index.const_data_ptr());
-  const auto [low, high] = std::minmax_element(values, values + index.numel());
-  if (*low >= 0 && *high < bound) return;
-  fail(op, name, "indices in [0, " + std::to_string(bound) + ")", std::to_string(*low < 0 ? *low : *high));
+  const int64_t size = index.numel();
+  uint32_t largest = 0;  // a negative index is a large unsigned number
+  for (int64_t i = 0; i < size; ++i) largest = std::max(largest, static_cast<uint32_t>(values[i]));
+  if (largest < bound) return;
+  fail(op, name, "indices in [0, " + std::to_string(bound) + ")", std::to_string(static_cast<int32_t>(largest)));
 }
 
 // row_offsets must rise from 0 to the number of routes.
@@ -124,10 +129,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor mask, int64_t num_routes
   mask = contiguous(mask);
   const int64_t num_tokens = mask.size(0), num_experts = mask.size(1);
   constexpr int64_t limit = std::numeric_limits<int32_t>::max();
-  if (num_tokens >= limit || num_experts >= limit) fail(op, "mask", "fewer than 2^31 - 1 rows and columns", shape_name(mask.sizes()));
+  if (num_tokens >= limit || num_experts >= limit) {
+    fail(op, "mask", "fewer than 2^31 - 1 rows and columns", shape_name(mask.sizes()));
+  }
   const int64_t most = std::min(limit, mask.numel());
   if (num_routes < 0 || num_routes > most) {
-    fail(op, "num_routes", "0 to " + std::to_string(most) + " for a mask of shape " + shape_name(mask.sizes()), std::to_string(num_routes));
+    const std::string expected = "0 to " + std::to_string(most) + " for a mask of shape " + shape_name(mask.sizes());
+    fail(op, "num_routes", expected, std::to_string(num_routes));
   }
 
   Tensor tokens = empty({num_routes}, ScalarType::Int, mask);
@@ -147,14 +155,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor mask, int64_t num_routes
 #ifdef USE_CUDA
   if (mask.is_cuda()) {
     const torch::stable::accelerator::DeviceGuard guard(mask.get_device_index());
-    Tensor workspace = empty({static_cast<int64_t>(cuda::route_workspace(num_tokens, num_experts))}, ScalarType::Byte, mask);
+    const int64_t bytes = static_cast<int64_t>(cuda::route_workspace(num_tokens, num_experts));
+    Tensor workspace = empty({bytes}, ScalarType::Byte, mask);
     args.workspace = workspace.mutable_data_ptr();
     cuda::route(args, current_stream(mask));
     return {tokens, counts, row_offsets, positions};
   }
 #endif
   const int64_t found = cpu::route(args);
-  if (found != num_routes) fail(op, "num_routes", std::to_string(found) + " (the number of ones in mask)", std::to_string(num_routes));
+  if (found != num_routes) {
+    fail(op, "num_routes", std::to_string(found) + " (the number of ones in mask)", std::to_string(num_routes));
+  }
   return {tokens, counts, row_offsets, positions};
 }
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +75,7 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
         between = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
         stretched = torch.where(wavelengths > length / low, frequencies / scaling.factor, between)
         return torch.where(wavelengths < length / high, frequencies, stretched), 1.0
+
     # yarn: a dimension that turns beta_fast times or more within the original length keeps its frequency, one that turns beta_slow times
     # or fewer is slowed by the whole factor, with a linear ramp over the dimensions between.
     def dimension(turns: float) -> float:
@@ -161,7 +163,7 @@ def make_layout(
     if document_ids is not None:
         starts = document_starts(document_ids).flatten().nonzero().flatten()
         edges = [*starts.tolist(), B * S]  # the one host synchronisation of attention's set-up
-        lengths = tuple(b - a for a, b in zip(edges, edges[1:]))
+        lengths = tuple(b - a for a, b in zip(edges, edges[1:], strict=False))
         if len(lengths) == B:
             lengths = None
     longest = S if lengths is None else max(lengths)
@@ -194,7 +196,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None) 
     if layout.lengths is None:
         return _sdpa(q, k, v, layout, window)
     # `split` and not slices: its backward is one concatenation instead of one full-size zero tensor per document.
-    parts = zip(*(x.flatten(0, 1).split(layout.lengths) for x in (q, k, v)))
+    parts = zip(*(x.flatten(0, 1).split(layout.lengths) for x in (q, k, v)), strict=True)
     return torch.cat([_sdpa(a[None], b[None], c[None], layout, window)[0] for a, b, c in parts]).view(B, S, H, C)
 
 
@@ -300,7 +302,9 @@ class KVCache:
     Windows are kept by masking, so a cache holds `max_len` positions whatever the window.
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, config: ModelConfig, batch_size: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
         shape = (config.num_layers, batch_size, max_len, config.kv_heads, config.head_size)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)

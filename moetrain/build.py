@@ -94,7 +94,8 @@ def find_trained(config: Config) -> Trained:
         meta = read_meta(path)
         model = schema.config_from_dict(meta["config"], str(path)).model
         assert model is not None, "a training run has a model section"
-        return Trained(model, read_full(path, "model."), meta.get("tokenizer"), str(path), meta.get("mean_active"))
+        tensors = ((name.removeprefix("model."), tensor) for name, tensor in read_full(path, "model."))
+        return Trained(model, tensors, meta.get("tokenizer"), str(path), meta.get("mean_active"))
     if config.init_from is not None and config.model is not None:
         source = Path(config.init_from)
         return Trained(config.model, huggingface.read_tensors(source, config.model), str(source) if (source / "tokenizer.json").exists() else None, str(source), None)

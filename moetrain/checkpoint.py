@@ -287,6 +287,7 @@ class _Writer(dcp.HuggingFaceStorageWriter):
 
     def __init__(self, path: Path, file_of_name: dict[str, int]) -> None:
         super().__init__(str(path), fqn_to_index_mapping=file_of_name, save_distributed=True)
+        self.per_thread_copy_ahead = 0  # all is in host memory already; copying ahead would open GPU 0 from every rank's writing thread
         self.files: set[str] = set()
 
     def write_data(self, plan: Any, planner: Any) -> Any:

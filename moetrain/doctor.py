@@ -110,6 +110,8 @@ def report(facts: dict[str, Any] | None = None) -> str:
 
 def main(as_json: bool = False) -> int:
     """Print the report; returns the exit status: 1 if training can't start here."""
+    if sys.stderr.isatty():
+        print("importing what is installed, one by one ...", file=sys.stderr)
     facts = inspect()
     print(json.dumps(facts, indent=2) if as_json else report(facts))
     return int("problem" in facts["torch"] or "problem" in facts["extension"])

@@ -26,8 +26,8 @@ def generate(
         raise ValueError("generate: the prompt has no token; give a prompt, or a tokenizer with a bos token")
     if S + config.max_new_tokens > limit:
         raise ValueError(
-            f"generate.max_new_tokens ({config.max_new_tokens}) and the prompt's {S} tokens are more than max_position_embeddings ({limit}); "
-            f"at most {max(0, limit - S)} can be added"
+            f"generate.max_new_tokens ({config.max_new_tokens}) and the prompt's {S} tokens are more than "
+            f"max_position_embeddings ({limit}); at most {max(0, limit - S)} can be added"
         )
     was_training = model.training
     model.eval()
@@ -52,8 +52,11 @@ def generate(
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """One token per row. logits: (B, V) float. temperature 0 takes the likeliest; else a draw from the smallest set of likeliest tokens that
-    holds `top_p` of softmax(logits / temperature) (nucleus sampling, arXiv 1904.09751). Returns (B,) int64."""
+    """One token per row: (B, V) float logits -> (B,) int64.
+
+    temperature 0 takes the likeliest; else a draw from the smallest set of likeliest tokens that holds `top_p` of
+    softmax(logits / temperature) (nucleus sampling, arXiv 1904.09751).
+    """
     if temperature == 0:
         return logits.argmax(dim=-1)
     # The largest logit is taken off first: a small temperature would overflow otherwise.

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from moetrain.attention import (
     Attention,
@@ -135,8 +137,7 @@ class Transformer(nn.Module):
                 positions = torch.arange(start, start + S, device=tokens.device).expand(B, S)
         x = self.embed(tokens)
         x = x if dtype is None else x.to(dtype)
-        self.rope_frequencies = self.rope_frequencies.to(x.device)
-        cos, sin = rope_tables(self.rope_frequencies, self.rope_scale, positions, x.dtype)
+        cos, sin = rope_tables(self.rope_frequencies.to(x.device), self.rope_scale, positions, x.dtype)
         layout = Layout(cos, sin, "sdpa") if cache is not None else make_layout(cos, sin, document_ids, self.windows, x.dtype)
         context = TokenContext() if context is None else context
         reports = []
@@ -174,7 +175,7 @@ class _CrossEntropy(torch.autograd.Function):
         targets = torch.where(counts, labels, 0)
         normalizers = torch.empty(labels.shape, dtype=wide, device=hidden.device)
         losses = torch.empty_like(normalizers)
-        for part in _chunks(*hidden.shape[:1], weight.shape[0]):
+        for part in _chunks(hidden.shape[0], weight.shape[0]):
             logits = (hidden[part] @ w.T).to(wide)
             normalizers[part] = logits.logsumexp(dim=-1)
             losses[part] = normalizers[part] - logits.gather(1, targets[part, None])[:, 0]
@@ -185,6 +186,7 @@ class _CrossEntropy(torch.autograd.Function):
         return losses.sum(), token_losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         hidden, weight, labels, normalizers = ctx.saved_tensors
         wide, w = _wide(hidden.dtype), weight.to(hidden.dtype)
@@ -194,7 +196,7 @@ class _CrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # Float32 sum over the chunks: in bfloat16 the later chunks would be rounded away.
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if ctx.needs_input_grad[1] else None
-        for part in _chunks(*hidden.shape[:1], weight.shape[0]):
+        for part in _chunks(hidden.shape[0], weight.shape[0]):
             probabilities = ((hidden[part] @ w.T).to(wide) - normalizers[part, None]).exp_()
             probabilities.scatter_add_(1, targets[part, None], torch.full_like(normalizers[part, None], -1))
             grad_logits = probabilities.mul_(scale[part, None]).to(hidden.dtype)

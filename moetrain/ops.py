@@ -4,10 +4,10 @@ Letters: T tokens, D model dim, F expert dim, E experts, R routes. A route is a 
 are numbered by expert, then token: this is the order of every (R, ...) tensor, so each expert's rows lie
 together.
 
-Index tensors are int32. Data is float32, bfloat16 or float64 (float16 too on CUDA). "acc" is the dtype of sums
-and of route weights: float64 for float64 data, float32 for all other. Arguments may have any strides; results
-are contiguous. Every size may be 0. Results don't depend on the number of threads. An argument that doesn't fit
-raises RuntimeError with the operator, the tensor, what was expected and what was found.
+Index tensors are int32. Data is float32, bfloat16 or float64 (float16 too on CUDA). "acc" is the dtype of
+sums and of route weights: float64 for float64 data, float32 for all other. Arguments may have any strides;
+results are contiguous. Every size may be 0. Results don't depend on the number of threads. An argument that
+doesn't fit raises RuntimeError with the operator, the tensor, what was expected and what was found.
 """
 
 import torch
@@ -43,8 +43,8 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 def route(mask: Tensor, num_routes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Lists the routes of a mask, by expert and then token.
 
-    mask: (T, E) bool, True where there is a route. num_routes: how many are True; the caller knows it, so that a
-    GPU isn't waited for here. A wrong number raises on the CPU; on CUDA it traps in the kernel.
+    mask: (T, E) bool, True where there is a route. num_routes: how many are True; the caller knows it, so
+    that a GPU isn't waited for here. A wrong number raises on the CPU; on CUDA it traps in the kernel.
 
     Returns, all int32:
         tokens: (R,) the token of each route.
@@ -57,17 +57,17 @@ def route(mask: Tensor, num_routes: int) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def permute(x: Tensor, tokens: Tensor, row_offsets: Tensor, positions: Tensor) -> Tensor:
-    """Copies each token's row to its routes: (T, D) -> (R, D), x[tokens]. The backward reads the other two."""
+    """Copies each token's row to its routes: (T, D) -> (R, D), x[tokens]. The rest serves the backward."""
     return _ops.permute(x, tokens, row_offsets, positions)
 
 
 def combine(
     rows: Tensor, tokens: Tensor, row_offsets: Tensor, positions: Tensor, weights: Tensor | None = None
 ) -> Tensor:
-    """Adds up the rows of each token's routes: (R, D) -> (T, D), y_t = sum over its routes p of w[p] * rows[p].
+    """Adds up the rows of each token's routes: (R, D) -> (T, D), y_t = sum_p w[p] * rows[p].
 
-    weights: w, (R,) acc, or None for 1. The sum is taken in acc by ascending expert. A token without routes gets
-    0. Only the backward reads `tokens`.
+    weights: w, (R,) acc, or None for 1. The sum is taken in acc by ascending expert. A token without routes
+    gets 0. Only the backward reads `tokens`.
     """
     return _ops.combine(rows, tokens, row_offsets, positions, weights)
 
@@ -79,7 +79,7 @@ def combine_backward(
 
     Returns:
         grad_rows: (R, D), weights[r] * grad[tokens[r]].
-        grad_weights: (R,) acc, <grad[tokens[r]], rows[r]>; (0,) if rows is None, which says that it isn't wanted.
+        grad_weights: (R,) acc, <grad[tokens[r]], rows[r]>; (0,) if rows is None (not wanted).
     """
     return _ops.combine_backward(grad, tokens, rows, weights)
 
@@ -102,7 +102,7 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tu
 
 
 def swiglu_dot(grad: Tensor, gate_up: Tensor) -> Tensor:
-    """<grad_r, silu(gate_r) * up_r>: (R, F), (R, 2 F) -> (R,) acc. Writes nothing else. Not differentiable."""
+    """<grad_r, silu(gate_r) * up_r>: (R, F), (R, 2 F) -> (R,) acc, and nothing else. Not differentiable."""
     return _ops.swiglu_dot(grad, gate_up)
 
 

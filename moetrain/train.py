@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +23,13 @@ from moetrain.checkpoint import Checkpoints
 from moetrain.config import Config, ConfigError, ScheduleConfig, check_world
 from moetrain.data.dataset import IGNORE, BatchIterator, BlendedDataset, EvalSet, Source
 from moetrain.data.indexed import read_meta
+from moetrain.evaluate import evaluate
 from moetrain.metrics import Metrics
+from moetrain.microbatch import Batch, Sums, forward
 from moetrain.model import Transformer
 from moetrain.moe.losses import build_controller, coefficients
-from moetrain.moe.routing import LayerReport, TokenContext
 from moetrain.parallel.grads import gradient_norm, scale_gradients
 from moetrain.parallel.mesh import build_meshes, start_processes
-
-Batch = dict[str, Tensor]
 
 
 def learning_rate_factor(step: int, steps: int, schedule: ScheduleConfig) -> float:
@@ -194,27 +191,28 @@ class Trainer:
         count = torch.stack([(b["labels"] != IGNORE).sum() for b in batches]).sum().double()
         if self.group is not None:
             dist.all_reduce(count)
+        count = count.clamp(min=1)
         factors = coefficients(self.model_config, self.controller)
         factor = learning_rate_factor(self.step, train.steps, train.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
 
         self.model.train()
-        sums = _Sums(self.model_config.num_layers, list(factors), len(self.config.data.train), self.device)
+        sums = Sums(self.model_config.num_layers, list(factors), len(self.config.data.train), self.device)
         for batch in batches:
-            loss_sum, reports, token_losses = self._forward(batch, count.clamp(min=1))
-            loss = loss_sum / count.clamp(min=1).to(loss_sum.dtype)
-            for report in reports:
+            output = forward(self.model, batch, self.dtype, self.config.data.isolate_documents, count, train.seed, self.group)
+            loss = output.loss_sum / count.to(output.loss_sum.dtype)
+            for report in output.reports:
                 for name, value in report.losses.items():
                     loss = loss + factors[name] * value
             loss.backward()
-            sums.add(loss_sum, reports, token_losses, batch)
+            sums.add(output, batch)
         totals = sums.reduce(self.group)
 
         norm = gradient_norm(self.parameters.values())
         numbers = torch.stack([norm, count]).tolist()
         grad_norm, tokens = numbers[0], int(numbers[1])
-        losses = {"lm": totals.lm / max(1, tokens), **totals.losses}
+        losses = {"lm": totals.lm / tokens, **totals.losses}
         total = losses["lm"] + sum(factors[name] * losses[name] for name in factors)
         good = math.isfinite(grad_norm) and math.isfinite(total)
         if good:
@@ -239,23 +237,6 @@ class Trainer:
                 self.controller.update(totals.mean_active)
         record["sources"] = {s.name: v for s, v in zip(self.config.data.train, totals.sources) if v["tokens"]}
         return {k: v for k, v in record.items() if v not in ({}, None)}
-
-    def _forward(self, batch: Batch, count: Tensor | None) -> tuple[Tensor, list[LayerReport], Tensor]:
-        """(summed loss, a report per layer, (B, S) losses). A token without a label has no routes: padding, or the last of its document, whose
-        output nobody reads."""
-        labels = batch["labels"]
-        offsets = torch.arange(labels.shape[1], device=labels.device)
-        assert self.train_config is not None
-        keys = batch["sample_index"][:, None] * labels.shape[1] + offsets + self.train_config.seed * 0x632BE59BD9B4E019 % 2**62
-        context = TokenContext(
-            keys=keys.flatten(), valid=(labels != IGNORE).flatten(), num_tokens=count if count is None else count.to(torch.promote_types(self.dtype, torch.float32)), group=self.group
-        )
-        isolate = self.config.data.isolate_documents
-        output = self.model(
-            batch["tokens"], labels=labels, positions=batch["positions"], document_ids=batch["document_ids"] if isolate else None,
-            context=context, dtype=self.dtype,
-        )  # fmt: skip
-        return output.loss_sum, output.reports, output.token_losses
 
     # ------------------------------------------------------------------------------------------------------------- run
 
@@ -295,27 +276,14 @@ class Trainer:
             dataset, global_batch_size=batch_size, micro_batch_size=self.train_config.micro_batch_size, dp_rank=self.rank, dp_world=self.world, **options
         )
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Loss (nats per token), perplexity and mean experts per token of each evaluation set. Collective."""
+        """`evaluate.evaluate` on the sets of `data.eval`, without the figures by layer. Collective."""
         assert self.train_config is not None
-        self.model.eval()
-        results = {}
-        for name, dataset in self.eval_sets.items():
-            sums = _Sums(self.model_config.num_layers, [], 1, self.device)
-            with self._batches(dataset, self.train_config.micro_batch_size * self.world, prefetch=0) as batches:
-                for micro_batches in _until_end(batches, len(dataset)):
-                    for batch in micro_batches:
-                        batch = {k: v.to(self.device) for k, v in batch.items()}
-                        loss_sum, reports, token_losses = self._forward(batch, None)
-                        sums.add(loss_sum, reports, token_losses, {**batch, "source": batch["source"].clamp(min=0)})
-            totals = sums.reduce(self.group)
-            tokens = totals.sources[0]["tokens"]
-            loss = totals.lm / max(1, tokens)
-            results[name] = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens}
-            if totals.mean_active is not None:
-                results[name]["active"] = totals.mean_active
-        return results
+        results = evaluate(
+            self.model, self.eval_sets, batch_size=self.train_config.micro_batch_size, dtype=self.dtype, isolate_documents=self.config.data.isolate_documents,
+            device=self.device, group=self.group,
+        )  # fmt: skip
+        return {name: {k: v for k, v in result.items() if not isinstance(v, list)} for name, result in results.items()}
 
     def close(self) -> None:
         """Wait for writing threads and leave the process group."""
@@ -323,80 +291,10 @@ class Trainer:
         self.metrics.close()
 
 
-def _until_end(batches: BatchIterator, length: int) -> Iterator[list[Batch]]:
-    while batches.state()["consumed_samples"] < length:
-        yield next(batches)
-
-
 def _differences(old: Any, new: Any, name: str) -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         return [line for k in {**old, **new} for line in _differences(old.get(k), new.get(k), f"{name}.{k}")]
     return [] if old == new else [f"{name}: {old} there, {new} here"]
-
-
-@dataclass(frozen=True)
-class _Totals:
-    """Over all ranks. lm: summed loss. losses: by name. sources: mean loss and tokens of each. moe: statistics by layer. mean_active: over layers."""
-
-    lm: float
-    losses: dict[str, float]
-    sources: list[dict[str, Any]]
-    moe: dict[str, list[float]]
-    mean_active: float | None
-
-
-class _Sums:
-    """Sums over tokens of a step or an evaluation, and one collective that adds them over ranks."""
-
-    def __init__(self, num_layers: int, losses: list[str], num_sources: int, device: torch.device) -> None:
-        self.loss_names, self.num_layers = losses, num_layers
-        self.lm = torch.zeros((), dtype=torch.float64, device=device)
-        self.losses = torch.zeros(len(losses), dtype=torch.float64, device=device)
-        self.sources = torch.zeros(2, num_sources, dtype=torch.float64, device=device)
-        self.layers: list[Tensor | None] = [None] * num_layers
-
-    @torch.no_grad()
-    def add(self, loss_sum: Tensor, reports: list[LayerReport], token_losses: Tensor, batch: Batch) -> None:
-        self.lm += loss_sum.detach()
-        counted = (batch["labels"] != IGNORE).sum(-1).double()
-        self.sources[0].index_add_(0, batch["source"], token_losses.double().sum(-1))
-        self.sources[1].index_add_(0, batch["source"], counted)
-        for i, report in enumerate(reports):
-            if self.loss_names:
-                self.losses += torch.stack([report.losses[n].detach().double() if n in report.losses else self.lm.new_zeros(()) for n in self.loss_names])
-            if report.stats:
-                s = report.stats
-                packed = torch.cat([torch.stack([s["tokens"], s["active_sq"], s["empty"], s["probes"]]), s["load"]])
-                self.layers[i] = packed if self.layers[i] is None else self.layers[i] + packed
-
-    def reduce(self, group: dist.ProcessGroup | None) -> _Totals:
-        sparse = [layer for layer in self.layers if layer is not None]
-        flat = torch.cat([self.lm[None], self.losses, self.sources.flatten(), *sparse])
-        if group is not None:
-            dist.all_reduce(flat, group=group)
-        values = flat.tolist()
-        lm, values = values[0], values[1:]
-        losses, values = dict(zip(self.loss_names, values)), values[len(self.loss_names) :]
-        n = self.sources.shape[1]
-        sources = [{"loss": total / tokens if tokens else 0.0, "tokens": int(tokens)} for total, tokens in zip(values[:n], values[n : 2 * n])]
-        values = values[2 * n :]
-        moe: dict[str, list[float]] = {}
-        for layer in sparse:
-            (tokens, squares, empty, probes), load = values[:4], values[4 : layer.numel()]
-            values = values[layer.numel() :]
-            tokens, routes = max(1.0, tokens), sum(load)
-            mean = routes / tokens
-            for name, value in {
-                "active": mean,
-                "active_std": math.sqrt(max(0.0, squares / tokens - mean * mean)),
-                "load_max_mean": max(load) * len(load) / routes if routes else 0.0,
-                "dead": sum(count == 0 for count in load),
-                "probe_share": probes / (tokens * len(load)),
-                "empty": empty / tokens,
-            }.items():
-                moe.setdefault(name, []).append(value)
-        active = moe.get("active")
-        return _Totals(lm, losses, sources, moe, sum(active) / len(active) if active else None)
 
 
 def run(config: Config) -> None:

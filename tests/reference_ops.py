@@ -71,7 +71,7 @@ def swiglu_dot(grad: Tensor, gate_up: Tensor) -> Tensor:
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """-> grad_gate_up (R, 2 F), grad_weights (R,), activation (R, F). silu' is what the quotient rule gives."""
+    """-> grad_gate_up (R, 2 F), grad_weights (R,), activation (R, F). silu' by the quotient rule."""
     half = gate_up.shape[1] // 2
     grad_gate_up = torch.zeros(gate_up.shape, dtype=torch.float64)
     for r, row in enumerate(gate_up.double()):

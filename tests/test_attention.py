@@ -10,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetrain import attention
-from moetrain.attention import KVCache, RMSNorm, attend, choose_backend, describe_backends, document_positions, layer_window, make_layout, rope_tables, rotate
+from moetrain.attention import (
+    KVCache,
+    RMSNorm,
+    attend,
+    choose_backend,
+    describe_backends,
+    document_positions,
+    layer_window,
+    make_layout,
+    rope_tables,
+    rotate,
+)
 from moetrain.config import ModelConfig
 
 
@@ -69,7 +80,7 @@ def test_gradients_of_packed_documents_are_those_of_separate_ones(lengths, windo
         alone = [x.detach()[:, at].requires_grad_() for x in inputs]
         y = attend(*alone, make_layout(*tables(1, len(at), 4), None, {window}, torch.float64), window)
         parts.append((y, *torch.autograd.grad(y, alone, upstream[:, at])))
-    for ours, theirs in zip((out, *grads), zip(*parts)):
+    for ours, theirs in zip((out, *grads), zip(*parts, strict=True), strict=True):
         assert torch.allclose(ours, torch.cat(theirs, dim=1), rtol=0, atol=1e-12)
 
 
@@ -163,5 +174,5 @@ def test_cuda_back_ends_agree(backend, window):
         layout = make_layout(*(t.to(device) for t in tables(2, 300, 64)), ids.to(device), {window}, dtype, chosen)
         out = attend(*inputs, layout, window)
         results.append([t.cpu().double() for t in (out, *torch.autograd.grad(out, inputs, upstream.to(device, dtype)))])
-    for expected, found in zip(*results):
+    for expected, found in zip(*results, strict=True):
         assert (found - expected).abs().max() < 0.03 * expected.abs().max()

@@ -460,12 +460,20 @@ def _damage_and_share(rank, world, folder):
     assert error.value.errno == errno.EFBIG
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     store.wait()  # told once
-    dist.barrier()  # rank 0 has removed the temporary folder
-    assert [p.name for p in sorted(folder.iterdir())] == ["step-00000002", "step-00000003"]
+    if rank == 0:
+        assert [p.name for p in sorted(folder.iterdir())] == ["step-00000002", "step-00000003"]
+    dist.barrier()  # the next save is not to begin before rank 0 has looked
     store.save(4, newer, {"step": 4}, wait=True)
     assert store.load(tensors) == {"step": 4}
     _assert_equal(tensors, 4)
     store.close()
+
+    file = folder.parent / "file"  # only rank 0 makes the folder, so only rank 0 sees that it can't be made
+    file.touch()
+    store = Checkpoints(file / "run", _config())
+    store.save(5, newer, {})
+    with pytest.raises(OSError, match="step-00000005: Not a directory"):
+        store.close()
 
 
 def test_ranks_agree(tmp_path):

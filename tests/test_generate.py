@@ -12,7 +12,19 @@ from moetrain.model import Transformer, init_weights
 
 def make(**options):
     moe = MoEConfig(num_experts=4, expert_dim=8, router=SigmoidSteRouter())
-    config = ModelConfig(vocab_size=31, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=32, max_position_embeddings=40, init_std=0.3, sliding_window=6, moe=moe, **options)
+    config = ModelConfig(
+        vocab_size=31,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=40,
+        init_std=0.3,
+        sliding_window=6,
+        moe=moe,
+        **options,
+    )
     model = Transformer(config)
     init_weights(model, 0)
     return model
@@ -78,6 +90,8 @@ def test_impossible_lengths():
     model = make()
     with pytest.raises(ValueError, match="prompt has no token"):
         generate(model, torch.zeros(1, 0, dtype=torch.int64), GenerateConfig())
-    with pytest.raises(ValueError, match=r"max_new_tokens \(38\) and the prompt's 5 tokens are more than max_position_embeddings \(40\); at most 35"):
+    with pytest.raises(
+        ValueError, match=r"max_new_tokens \(38\) and the prompt's 5 tokens are more than max_position_embeddings \(40\); at most 35"
+    ):
         generate(model, random_tokens(1, 5), GenerateConfig(max_new_tokens=38))
     assert generate(model, random_tokens(1, 5), GenerateConfig(max_new_tokens=35)).shape == (1, 40)

@@ -1,5 +1,5 @@
-"""The Transformer: packed documents, cache, loss in chunks, start weights, dtypes, MoE layers under recomputation. That its logits are those
-of transformers is in tests/convert/test_huggingface.py."""
+"""The Transformer: packed documents, cache, loss in chunks, start weights, dtypes, MoE layers under recomputation. That its logits are
+those of transformers is in tests/convert/test_huggingface.py."""
 
 from __future__ import annotations
 
@@ -18,14 +18,29 @@ VOCAB = 61
 FEATURES = {
     "plain": {},
     "windows": dict(sliding_window=4, sliding_layers=[1], qk_norm=True),
-    "biases_tied_yarn": dict(qkv_bias=True, o_bias=True, mlp_bias=True, tie_embeddings=True, rope_scaling=RopeScaling(type="yarn", factor=2.0, original_max_position_embeddings=16)),
+    "biases_tied_yarn": dict(
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        tie_embeddings=True,
+        rope_scaling=RopeScaling(type="yarn", factor=2.0, original_max_position_embeddings=16),
+    ),
     "sigmoid": dict(moe=MoEConfig(num_experts=4, expert_dim=8, router=SigmoidSteRouter(bias=True))),
     "topk": dict(moe=MoEConfig(num_experts=4, expert_dim=8, router=TopKRouter(top_k=2)), head_dim=16, sliding_window=5),
 }
 
 
 def make(name="plain", seed=0, dtype=torch.float64, **options):
-    base = dict(vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48, max_position_embeddings=64, init_std=0.2)
+    base = dict(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        init_std=0.2,
+    )
     model = Transformer(ModelConfig(**{**base, **FEATURES[name], **options})).to(dtype)
     init_weights(model, seed)
     return model
@@ -150,7 +165,7 @@ def test_blocks_under_recomputation(name):
         results.append((out.loss_sum, {n: p.grad for n, p in model.named_parameters()}, [r.stats for r in out.reports]))
     (a, grads_a, stats_a), (b, grads_b, stats_b) = results
     assert torch.equal(a, b) and all(torch.equal(grads_a[n], grads_b[n]) for n in grads_a)
-    assert all(torch.equal(x[k], y[k]) for x, y in zip(stats_a, stats_b) for k in x)
+    assert all(torch.equal(x[k], y[k]) for x, y in zip(stats_a, stats_b, strict=True) for k in x)
 
 
 def test_padding_has_no_routes():
@@ -182,7 +197,9 @@ def test_start_weights():
         assert abs(initial_tensor(name, (200, 300), config, 1).std() - 0.25) < 0.01  # 2 layers: / sqrt(4)
     assert abs(initial_tensor("layers.0.ffn.experts.gate_up", (4, 50, 300), config, 1).std() - 0.5) < 0.01
     assert abs(initial_tensor("layers.0.ffn.router.weight", (200, 300), config, 1).std() - 0.02) < 0.001
-    assert (initial_tensor("layers.0.attn_norm.weight", (3,), config, 1) == 1).all() and (initial_tensor("layers.0.attn.q_norm.weight", (3,), config, 1) == 1).all()
+    assert (initial_tensor("layers.0.attn_norm.weight", (3,), config, 1) == 1).all() and (
+        initial_tensor("layers.0.attn.q_norm.weight", (3,), config, 1) == 1
+    ).all()
     assert (initial_tensor("layers.0.attn.q_proj.bias", (3,), config, 1) == 0).all()
     opened = MoEConfig(num_experts=4, expert_dim=8, router=SigmoidSteRouter(bias=True, bias_init=4.0))
     assert (initial_tensor("layers.0.ffn.router.bias", (4,), config.model_copy(update={"moe": opened}), 1) == 4).all()

@@ -9,15 +9,16 @@ namespace moetrain::cpu {
 
 namespace {
 
-// Adds one piece of tokens to its expert counts. Rows are bytes 0 or 1, so this is plain addition and vectorises.
+// Adds one piece of tokens to its expert counts. Without a branch, so that it vectorises.
 MOETRAIN_MULTIVERSION void count_rows(
     const uint8_t* mask, int64_t begin, int64_t end, int64_t num_experts, int32_t* expert_counts, int32_t* row_counts) {
   for (int64_t t = begin; t < end; ++t) {
     const uint8_t* row = mask + t * num_experts;
     int32_t routes = 0;
     for (int64_t e = 0; e < num_experts; ++e) {
-      expert_counts[e] += row[e];
-      routes += row[e];
+      const int32_t active = row[e] != 0;
+      expert_counts[e] += active;
+      routes += active;
     }
     row_counts[t] = routes;
   }

@@ -11,10 +11,11 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -101,8 +102,12 @@ def read_config(folder: str | Path) -> ModelConfig:
     if not isinstance(raw["moetrain"], dict):
         raise ValueError(f"{path}: `moetrain` must be a mapping with the model's config, found {raw['moetrain']!r}")
     full = _validate(raw["moetrain"], path)
-    for field, ours, theirs in _differences(full, stock):
-        raise ValueError(f"{path}: {field} is {ours} in the key `moetrain` but {theirs} in the rest of the file; correct one, or remove `moetrain`")
+    difference = next(_differences(full, stock), None)
+    if difference is not None:
+        field, ours, theirs = difference
+        raise ValueError(
+            f"{path}: {field} is {ours} in the key `moetrain` but {theirs} in the rest of the file; correct one, or remove `moetrain`"
+        )
     return full
 
 
@@ -122,8 +127,12 @@ def _differences(full: ModelConfig, stock: ModelConfig) -> Iterator[tuple[str, A
             a, b = full.kv_heads, stock.kv_heads
         elif name == "head_dim":
             a, b = full.head_size, stock.head_size
+        elif name == "sliding_window":
+            a, b = (c.sliding_window if _sliding_layers(c) else None for c in (full, stock))
         elif name == "sliding_layers":
             a, b = _sliding_layers(full), _sliding_layers(stock)
+        elif name == "rope_scaling":
+            a, b = _rope_scaling(full), _rope_scaling(stock)
         if a != b:
             yield name, a, b
     if (full.moe is None) != (stock.moe is None):
@@ -144,6 +153,15 @@ def _sliding_layers(config: ModelConfig) -> list[int]:
     if config.sliding_window is None:
         return []
     return list(range(config.num_layers)) if config.sliding_layers is None else sorted(set(config.sliding_layers))
+
+
+def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
+    """The options that its type of scaling reads, under Hugging Face's names."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return None
+    options = {name: getattr(scaling, name) for name in _ROPE_KEYS[scaling.type]}
+    return {"rope_type": scaling.type, **{k: v for k, v in options.items() if v is not None}}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -212,7 +230,11 @@ def _read_stock(raw: dict[str, Any], kind: str, path: Path) -> dict[str, Any]:
         model["moe"] = {"num_experts": need("num_local_experts", "num_experts"), "expert_dim": need("intermediate_size"), "router": router}
     elif kind == "qwen3_moe":
         router = {"type": "topk", "top_k": need("num_experts_per_tok"), "normalize": given.get("norm_topk_prob", False)}
-        model["moe"] = {"num_experts": need("num_experts", "num_local_experts"), "expert_dim": need("moe_intermediate_size"), "router": router}
+        model["moe"] = {
+            "num_experts": need("num_experts", "num_local_experts"),
+            "expert_dim": need("moe_intermediate_size"),
+            "router": router,
+        }
     return model
 
 
@@ -242,7 +264,10 @@ def _read_window(raw: dict[str, Any], given: dict[str, Any], kind: str, layers: 
     elif kind in ("qwen2", "qwen3"):
         sliding = list(range(given.get("max_window_layers", 28), layers))
     elif kind == "qwen3_moe" and "max_window_layers" in given:
-        raise ValueError(f"{path}: max_window_layers is {raw['max_window_layers']!r} with use_sliding_window; supported for qwen3_moe: without it (all layers)")
+        raise ValueError(
+            f"{path}: max_window_layers is {raw['max_window_layers']!r} with use_sliding_window; "
+            f"supported for qwen3_moe: without it (all layers)"
+        )
     else:
         sliding = list(range(layers))
     if not sliding:
@@ -280,7 +305,8 @@ def _read_rope(raw: dict[str, Any], given: dict[str, Any], kind: str, path: Path
     unknown = sorted(set(parameters) - set(_ROPE_KEYS[rope_type]))
     if unknown:
         raise ValueError(
-            f"{path}: {field}.{unknown[0]} is {parameters[unknown[0]]!r}; supported for rope_type {rope_type}: {', '.join(_ROPE_KEYS[rope_type]) or 'no other key'}"
+            f"{path}: {field}.{unknown[0]} is {parameters[unknown[0]]!r}; "
+            f"supported for rope_type {rope_type}: {', '.join(_ROPE_KEYS[rope_type]) or 'no other key'}"
         )
     if rope_type == "default":
         return float(theta), None
@@ -348,8 +374,8 @@ def _dense_key(name: str) -> str:
 def read_tensors(folder: str | Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """(our name, tensor) of every parameter, in the stored dtype, in the order of `parameter_shapes`.
 
-    Files are mapped into memory; one parameter (the experts of a layer: one stacked tensor) exists at a time. All keys and shapes are checked
-    before this returns: ValueError lists keys that are missing or that this model has no place for.
+    Files are mapped into memory; one parameter (the experts of a layer: one stacked tensor) exists at a time. All keys and shapes are
+    checked before this returns: ValueError lists keys that are missing or that this model has no place for.
     """
     folder = Path(folder)
     files = ExitStack()
@@ -361,11 +387,13 @@ def read_tensors(folder: str | Path, config: ModelConfig) -> Iterator[tuple[str,
     return _read_planned(plan, where, files)
 
 
-def _read_planned(plan: list[tuple[str, tuple[int, ...], _Stored]], where: dict[str, Any], files: ExitStack) -> Iterator[tuple[str, Tensor]]:
+def _read_planned(
+    plan: list[tuple[str, tuple[int, ...], _Stored]], where: dict[str, Any], files: ExitStack
+) -> Iterator[tuple[str, Tensor]]:
     with files:
         for name, shape, stored in plan:
             parts = [where[key].get_tensor(key) for key in stored.keys]
-            yield name, parts[0] if len(parts) == 1 else torch.cat(parts).view(shape)
+            yield name, (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
 
 
 def _plan(folder: Path, config: ModelConfig, files: ExitStack) -> tuple[list[tuple[str, tuple[int, ...], _Stored]], dict[str, Any]]:
@@ -388,16 +416,26 @@ def _plan(folder: Path, config: ModelConfig, files: ExitStack) -> tuple[list[tup
         missing += [key for key in stored.keys if key not in where]
         used.update(stored.keys)
         plan.append((name, shape, stored))
-    extra = [k for k in where if k not in used and not k.endswith("rotary_emb.inv_freq") and not (config.tie_embeddings and k == "lm_head.weight")]
+    extra = [
+        k
+        for k in where
+        if k not in used and not k.endswith("rotary_emb.inv_freq") and not (config.tie_embeddings and k == "lm_head.weight")
+    ]
     if missing or extra:
-        lines = [f"{what} {len(keys)}: {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}" for what, keys in (("missing", missing), ("not used", extra)) if keys]
+        lines = [
+            f"{what} {len(keys)}: {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}"
+            for what, keys in (("missing", missing), ("not used", extra))
+            if keys
+        ]
         hint = "; tie_word_embeddings: true would take the embedding" if missing == ["lm_head.weight"] else ""
         raise ValueError(f"{folder}: the tensors don't fit config.json: {'; '.join(lines)}{hint}")
-    for name, _, stored in plan:
+    for _, _, stored in plan:
         for key in stored.keys:
             part = where[key].get_slice(key)
             if tuple(part.get_shape()) != stored.shape:
-                raise ValueError(f"{origin[key]}: tensor {key} has shape {list(part.get_shape())}, config.json makes it {list(stored.shape)}")
+                raise ValueError(
+                    f"{origin[key]}: tensor {key} has shape {list(part.get_shape())}, config.json makes it {list(stored.shape)}"
+                )
             if part.get_dtype() not in _STORED_DTYPES:
                 raise ValueError(f"{origin[key]}: tensor {key} has dtype {part.get_dtype()}; supported: {', '.join(_STORED_DTYPES)}")
     return plan, where
@@ -424,8 +462,8 @@ def _weight_files(folder: Path) -> list[Path]:
     pickled = sorted(p.name for p in folder.glob("*.bin")) or sorted(p.name for p in folder.glob("*.pt*"))
     if pickled:
         raise ValueError(
-            f"{folder}: has only {pickled[0]}, and pickled files can run code when loaded, so they are never read; if you trust it, load it with "
-            f"transformers and call save_pretrained, which writes safetensors"
+            f"{folder}: has only {pickled[0]}, and pickled files can run code when loaded, so they are never read; "
+            f"if you trust it, load it with transformers and call save_pretrained, which writes safetensors"
         )
     raise ValueError(f"{folder}: has neither {SINGLE} nor {INDEX}")
 
@@ -502,9 +540,7 @@ def config_json(config: ModelConfig, dtype: torch.dtype, special: dict[str, Any]
         raw["auto_map"] = {"AutoConfig": f"{module}.MoetrainConfig", "AutoModelForCausalLM": f"{module}.MoetrainForCausalLM"}
         return raw
     raw["rope_theta"] = c.rope_theta
-    raw["rope_scaling"] = None
-    if c.rope_scaling is not None:
-        raw["rope_scaling"] = {"rope_type": c.rope_scaling.type, **{k: v for k, v in c.rope_scaling if k != "type" and v is not None}}
+    raw["rope_scaling"] = _rope_scaling(c)
     if kind in ("llama", "qwen3", "qwen3_moe"):
         raw["attention_bias"] = c.qkv_bias
     if kind == "llama":
@@ -561,9 +597,9 @@ def write_model(
 ) -> list[Path]:
     """Write a Hugging Face folder that AutoModelForCausalLM loads; returns its files.
 
-    tensors: (our name, tensor) of every parameter, once, in any order; memory is one shard. dtype: None keeps each tensor's. A top-k router's
-    output_scale is multiplied into the experts' down projections, since no stock architecture has it. tokenizer: written beside, its special
-    tokens named in config.json. source: a Hugging Face folder whose tokenizer files and special tokens are taken over instead.
+    tensors: (our name, tensor) of every parameter, once, in any order; memory is one shard. dtype: None keeps each tensor's. A top-k
+    router's output_scale is multiplied into the experts' down projections, since no stock architecture has it. tokenizer: written beside,
+    its special tokens named in config.json. source: a Hugging Face folder whose tokenizer files and special tokens are taken over instead.
     The folder appears under its name only when it is whole. ValueError if it exists and is not empty.
     """
     folder = check_output(folder)
@@ -576,7 +612,9 @@ def write_model(
         raw = config_json(config, stored_dtype, special)
         _write_json(partial / "config.json", raw)
         if not (partial / "generation_config.json").exists():
-            _write_json(partial / "generation_config.json", {"_from_model_config": True, **{k: v for k, v in special.items() if v is not None}})
+            _write_json(
+                partial / "generation_config.json", {"_from_model_config": True, **{k: v for k, v in special.items() if v is not None}}
+            )
         if raw["model_type"] == "moetrain":
             shutil.copyfile(_MODELING, partial / _MODELING.name)
         for path in [*partial.iterdir(), partial]:
@@ -622,7 +660,7 @@ def _write_weights(
         if stored_dtype is None and name == "embed.weight":
             stored_dtype = tensor.dtype
         layout = _layouts(name, shapes[name], mixtral)[0]
-        for key, part in zip(layout.keys, tensor.view(len(layout.keys), *layout.shape).unbind()):
+        for key, part in zip(layout.keys, tensor.view(len(layout.keys), *layout.shape).unbind(), strict=True):
             if shard and shard_bytes + part.nbytes > max_shard_bytes:
                 flush()
             shard[key] = part

@@ -12,7 +12,8 @@ def check_split(intermediate_size: int, num_experts: int) -> int:
         divisors = [n for n in range(1, intermediate_size + 1) if intermediate_size % n == 0]
         near = min(divisors, key=lambda n: (abs(n - num_experts), n))
         raise ValueError(
-            f"num_experts ({num_experts}) does not divide intermediate_size ({intermediate_size}) into equal slices; nearest that does: {near}"
+            f"num_experts ({num_experts}) does not divide intermediate_size ({intermediate_size}) into equal slices; "
+            f"nearest that does: {near}"
         )
     return intermediate_size // num_experts
 

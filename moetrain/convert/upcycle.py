@@ -6,9 +6,9 @@ cut every FFN into equal slices; they differ in the router. With every weight 1 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -37,7 +37,9 @@ def moe_config(dense: ModelConfig, upcycle: UpcycleConfig) -> ModelConfig:
     if dense.moe is not None:
         raise ValueError(f"upcycle.dense ({upcycle.dense}) is a mixture of {dense.moe.num_experts} experts already; give a dense model")
     if dense.mlp_bias:
-        raise ValueError(f"upcycle.dense ({upcycle.dense}) has mlp_bias: true; experts have no bias, and a bias can't be cut into slices that add up")
+        raise ValueError(
+            f"upcycle.dense ({upcycle.dense}) has mlp_bias: true; experts have no bias, and a bias can't be cut into slices that add up"
+        )
     try:
         expert_dim = check_split(dense.intermediate_size, upcycle.num_experts)
     except ValueError as error:
@@ -58,8 +60,8 @@ def moe_config(dense: ModelConfig, upcycle: UpcycleConfig) -> ModelConfig:
 def upcycle(config: UpcycleConfig, progress: Callable[[int, int], None] | None = None) -> UpcycleReport:
     """Write `config.output`, a Hugging Face folder, from the dense folder `config.dense`.
 
-    Tensors keep the dense checkpoint's dtype, tokenizer files are copied. progress: called with (parameters read, parameters in all), counted
-    in tensors. ValueError, before anything is written, for a model that can't be cut; a run that is killed leaves no folder of that name.
+    Tensors keep the dense checkpoint's dtype, tokenizer files are copied. progress: called with (tensors read, tensors in all).
+    ValueError, before anything is written, for a model that can't be cut; a run that is killed leaves no folder of that name.
     """
     check_output(config.output)
     dense = read_config(config.dense)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import fnmatch
 import gzip
 import hashlib
 import io
@@ -36,8 +37,8 @@ from moetrain.data.tokenizer import Tokenizer, load_tokenizer
 
 TEXT_EXTENSIONS = (
     ".txt", ".md", ".rst", ".tex", ".html", ".css", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu",
-    ".cuh", ".rs", ".go", ".java", ".kt", ".js", ".ts", ".rb", ".php", ".swift", ".scala", ".hs", ".lua", ".r",
-    ".jl", ".sh", ".sql",
+    ".cuh", ".rs", ".go", ".java", ".kt", ".js", ".ts", ".rb", ".php", ".swift", ".scala", ".hs", ".lua",
+    ".r", ".jl", ".sh", ".sql",
 )  # fmt: skip
 RECORD_EXTENSIONS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 DEFAULT_EXTENSIONS = TEXT_EXTENSIONS + RECORD_EXTENSIONS
@@ -133,6 +134,7 @@ def prepare(
     *,
     text_key: str = "text",
     extensions: Sequence[str] = DEFAULT_EXTENSIONS,
+    exclude: Sequence[str] = (),
     workers: int = 1,
     append_eos: bool = True,
     validation_fraction: float = 0.0,
@@ -159,6 +161,7 @@ def prepare(
         output: path without suffix.
         tokenizer: "byte", a tokenizer.json, or a folder with one. `eos`, `parse_special`: see
             `load_tokenizer`.
+        exclude: glob patterns; a file or folder whose path below its input folder matches one is left out. `*` matches `/` too.
         text_key: key or column that holds the text.
         append_eos: end each document with the tokenizer's eos.
         validation_fraction: in [0, 1); a document goes to the validation split by a hash of its text and
@@ -191,7 +194,7 @@ def prepare(
     names = [str(item) for item in inputs]
     parts = with_suffix(output, ".parts")
     units, files, skipped = _plan(
-        names, tuple(extension.lower() for extension in extensions), unit_bytes, parts
+        names, tuple(extension.lower() for extension in extensions), tuple(exclude), unit_bytes, parts
     )
     keys = [unit.key(settings, max_documents) for unit in units]
     digest = _digest(names, units, settings, max_documents)
@@ -236,7 +239,7 @@ def _digest(names: list[str], units: list[_Unit], settings: _Settings, limit: in
 
 
 def _plan(
-    inputs: list[str], extensions: tuple[str, ...], unit_bytes: int, parts: Path
+    inputs: list[str], extensions: tuple[str, ...], exclude: tuple[str, ...], unit_bytes: int, parts: Path
 ) -> tuple[list[_Unit], list[int], dict[str, int]]:
     """Units in output order, the number of files of each input, and the files left out by reason."""
     units: list[_Unit] = []
@@ -249,7 +252,7 @@ def _plan(
             raise ValueError(f"input {name}: no such file or folder")
         group: list[tuple[str, int, int]] = []
         count = 0
-        for file in _walk(path, extensions, skipped, parts) if path.is_dir() else [path]:
+        for file in _walk(path, extensions, exclude, skipped, parts) if path.is_dir() else [path]:
             if (real := os.path.realpath(file)) in seen:
                 skipped["repeated file"] += 1
                 continue
@@ -282,8 +285,16 @@ def _text_unit(source: int, files: list[tuple[str, int, int]]) -> _Unit:
     return _Unit("text", source, tuple(files), sum(size for _, size, _ in files))
 
 
-def _walk(folder: Path, extensions: tuple[str, ...], skipped: Counter[str], parts: Path) -> Iterator[Path]:
+def _walk(
+    folder: Path, extensions: tuple[str, ...], exclude: tuple[str, ...], skipped: Counter[str], parts: Path
+) -> Iterator[Path]:
     """Files to read below a folder, in order; `parts`, our own workplace, is passed over."""
+
+    def excluded(root: str, name: str) -> bool:
+        path = Path(root, name).relative_to(folder).as_posix()
+        matches = any(fnmatch.fnmatchcase(path, pattern) for pattern in exclude)
+        skipped["excluded"] += matches
+        return matches
 
     def fail(error: OSError) -> None:
         raise ValueError(f"{error.filename}: can't be listed: {error.strerror}")
@@ -293,11 +304,13 @@ def _walk(folder: Path, extensions: tuple[str, ...], skipped: Counter[str], part
         folders[:] = sorted(
             name
             for name in folders
-            if not name.startswith(".") and Path(root, name).absolute() != parts.absolute()
+            if not name.startswith(".") and Path(root, name).absolute() != parts.absolute() and not excluded(root, name)
         )
         for name in sorted(name for name in files if not name.startswith(".")):
             if not name.lower().endswith(extensions):
                 skipped["other extension"] += 1
+            elif excluded(root, name):
+                continue
             elif not (path := Path(root, name)).is_file():
                 skipped["not a regular file"] += 1
             else:

@@ -16,8 +16,18 @@ from moetrain.convert.huggingface import architecture, parameter_shapes, read_co
 from moetrain.data.tokenizer import load_tokenizer
 from moetrain.model import Transformer, init_weights
 
-SIZES = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
-LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+SIZES = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
+LLAMA3 = dict(
+    rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+)
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)
 
 FAMILIES = {
@@ -32,14 +42,34 @@ FAMILIES = {
     "mistral_window": (hf.MistralConfig, dict(sliding_window=5)),
     "mistral_no_window": (hf.MistralConfig, dict(sliding_window=None, head_dim=16)),
     "qwen2": (hf.Qwen2Config, {}),
+    "qwen2_head_dim": (hf.Qwen2Config, dict(head_dim=16)),
     "qwen2_tied": (hf.Qwen2Config, dict(tie_word_embeddings=True)),
     "qwen2_window": (hf.Qwen2Config, dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)),
     "qwen3": (hf.Qwen3Config, dict(head_dim=16)),
-    "qwen3_bias_window": (hf.Qwen3Config, dict(head_dim=8, attention_bias=True, use_sliding_window=True, sliding_window=4, layer_types=["sliding_attention", "full_attention"])),
+    "qwen3_bias_window": (
+        hf.Qwen3Config,
+        dict(
+            head_dim=8, attention_bias=True, use_sliding_window=True, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
+        ),
+    ),
     "mixtral": (hf.MixtralConfig, dict(num_local_experts=4, num_experts_per_tok=2)),
     "mixtral_window": (hf.MixtralConfig, dict(num_local_experts=4, num_experts_per_tok=3, sliding_window=5, tie_word_embeddings=True)),
-    "qwen3_moe": (hf.Qwen3MoeConfig, dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=16, norm_topk_prob=True)),
-    "qwen3_moe_unnormalized": (hf.Qwen3MoeConfig, dict(num_experts=5, num_experts_per_tok=3, moe_intermediate_size=24, head_dim=8, attention_bias=True, use_sliding_window=True, sliding_window=6)),
+    "qwen3_moe": (
+        hf.Qwen3MoeConfig,
+        dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=16, norm_topk_prob=True),
+    ),
+    "qwen3_moe_unnormalized": (
+        hf.Qwen3MoeConfig,
+        dict(
+            num_experts=5,
+            num_experts_per_tok=3,
+            moe_intermediate_size=24,
+            head_dim=8,
+            attention_bias=True,
+            use_sliding_window=True,
+            sliding_window=6,
+        ),
+    ),
 }
 
 
@@ -147,7 +177,10 @@ def test_transformers_4_and_5_spellings_are_the_same_config(tmp_path):
     del legacy["rope_type"]
     d = read_config(write_config(tmp_path, rope_theta=theta, rope_scaling=legacy))
     assert a == b == c == d and a.rope_theta == 5e5 and a.rope_scaling.low_freq_factor == 1.0
-    plain = [read_config(write_config(tmp_path, **raw)) for raw in ({}, {"rope_scaling": None}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}})]
+    plain = [
+        read_config(write_config(tmp_path, **raw))
+        for raw in ({}, {"rope_scaling": None}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}})
+    ]
     assert all(p == plain[0] for p in plain) and plain[0].rope_scaling is None and plain[0].rope_theta == 1e4
 
 
@@ -165,25 +198,39 @@ def test_sliding_windows_of_every_spelling(tmp_path):
     assert window(model_type="qwen2", sliding_window=7, use_sliding_window=True, max_window_layers=0) == (7, None)
     types = ["sliding_attention", "full_attention"]
     assert window(model_type="qwen3", sliding_window=7, use_sliding_window=True, max_window_layers=2, layer_types=types) == (7, [0])
-    assert window(model_type="qwen3_moe", sliding_window=7, use_sliding_window=True, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2) == (7, None)
+    assert window(
+        model_type="qwen3_moe", sliding_window=7, use_sliding_window=True, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2
+    ) == (7, None)
 
 
 REFUSED = {
     "model_type": (dict(model_type="gpt2"), "model_type is 'gpt2'; supported: llama"),
     "act": (dict(hidden_act="gelu"), "hidden_act is 'gelu'; supported: 'silu'"),
     "dropout": (dict(attention_dropout=0.1), "attention_dropout is 0.1"),
-    "rope": (dict(rope_scaling={"rope_type": "dynamic", "factor": 2.0}), "rope_type is 'dynamic'; supported: default, linear, llama3, yarn"),
+    "rope": (
+        dict(rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
+        "rope_type is 'dynamic'; supported: default, linear, llama3, yarn",
+    ),
     "mrope": (dict(rope_parameters={"rope_type": "default", "mrope_section": [1, 2]}), "mrope_section"),
     "mscale": (dict(rope_scaling={"type": "yarn", "factor": 2.0, "mscale": 0.7, "mscale_all_dim": 1.0}), "mscale"),
-    "two ropes": (dict(rope_scaling={"type": "linear", "factor": 2.0}, rope_parameters={"rope_type": "linear", "factor": 3.0}), "give one of them"),
+    "two ropes": (
+        dict(rope_scaling={"type": "linear", "factor": 2.0}, rope_parameters={"rope_type": "linear", "factor": 3.0}),
+        "give one of them",
+    ),
     "two thetas": (dict(rope_theta=1.0, rope_parameters={"rope_type": "default", "rope_theta": 2.0}), "rope_theta"),
-    "ropes per layer": (dict(rope_parameters={"a": {"rope_type": "default"}, "b": {"rope_type": "linear", "factor": 2.0}}), "differs between kinds"),
+    "ropes per layer": (
+        dict(rope_parameters={"a": {"rope_type": "default"}, "b": {"rope_type": "linear", "factor": 2.0}}),
+        "differs between kinds",
+    ),
     "partial": (dict(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
     "no factor": (dict(rope_scaling={"type": "linear"}), "factor is missing"),
     "layer_types": (dict(model_type="qwen3", layer_types=["chunked_attention", "full_attention"]), "chunked_attention"),
     "layer_types count": (dict(model_type="qwen3", layer_types=["full_attention"]), "1 entries for num_hidden_layers 2"),
     "window unused": (dict(model_type="qwen3", layer_types=["full_attention", "sliding_attention"]), "use_sliding_window"),
-    "mistral mix": (dict(model_type="mistral", sliding_window=4, layer_types=["full_attention", "sliding_attention"]), "one kind of attention"),
+    "mistral mix": (
+        dict(model_type="mistral", sliding_window=4, layer_types=["full_attention", "sliding_attention"]),
+        "one kind of attention",
+    ),
     "bias": (dict(model_type="mistral", attention_bias=True), "attention_bias is True"),
     "quantized": (dict(quantization_config={"bits": 4}), "quantization_config"),
     "kv heads": (dict(num_key_value_heads=3), "num_heads (4) must be a multiple of model.num_kv_heads (3)"),
@@ -256,7 +303,12 @@ def test_missing_and_extra_keys_are_errors(tmp_path):
 def test_copies_that_say_nothing_new_are_left_out(tmp_path):
     save_stock("llama_tied", tmp_path)
     names = set(read_all(tmp_path))
-    change_file(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    change_file(
+        tmp_path,
+        lambda t: t.update(
+            {"lm_head.weight": t["model.embed_tokens.weight"].clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+        ),
+    )
     assert set(read_all(tmp_path)) == names
     save_stock("llama", tmp_path)
     change_file(tmp_path, lambda t: t.pop("lm_head.weight"))
@@ -304,7 +356,14 @@ def test_strange_folders(tmp_path):
 
 
 def small(**options):
-    return ModelConfig(**{**dict(vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=32, max_position_embeddings=64), **options})
+    return ModelConfig(
+        **{
+            **dict(
+                vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=32, max_position_embeddings=64
+            ),
+            **options,
+        }
+    )
 
 
 def weights(config, seed=0):
@@ -391,7 +450,17 @@ def test_tokenizer_and_special_tokens(tmp_path):
 
 def test_stored_config_is_complete(tmp_path):
     """Every field comes back, those that no Hugging Face key holds too."""
-    router = SigmoidSteRouter(threshold=0.4, ste="sampled", probe_rate=0.5, zero_routes="top1", sparsity_coef=0.2, target_active=2.0, bias=True, bias_init=1.0, input="residual")
+    router = SigmoidSteRouter(
+        threshold=0.4,
+        ste="sampled",
+        probe_rate=0.5,
+        zero_routes="top1",
+        sparsity_coef=0.2,
+        target_active=2.0,
+        bias=True,
+        bias_init=1.0,
+        input="residual",
+    )
     config = small(
         moe=MoEConfig(num_experts=4, expert_dim=8, router=router), sliding_window=3, sliding_layers=[1], qk_norm=True, init_std=0.07,
         rope_scaling=RopeScaling(type="yarn", factor=2.0, original_max_position_embeddings=32),

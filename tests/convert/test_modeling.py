@@ -46,7 +46,7 @@ def make(name, folder, dtype=torch.float64):
     init_weights(model, 0)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for key, p in model.named_parameters():
+        for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator, dtype=dtype) * 0.25)
     write_model(folder, config, model.named_parameters())
     return model, hf.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
@@ -71,6 +71,12 @@ def test_logits_cache_padding_and_generation(name, tmp_path):
     difference = (found.logits - expected).abs().max().item()
     print(f"{name}: max |difference| {difference:.1e}")
     assert difference <= 1e-10
+    # What was written is read back.
+    config = read_config(tmp_path / "model")
+    read = dict(read_tensors(tmp_path / "model", config))
+    scale = 2.0 if name == "topk" else 1.0  # output_scale, multiplied into `down`
+    for key, p in ours.named_parameters():
+        assert torch.equal(read[key], p * scale if key.endswith("experts.down") else p)
     # In pieces through the cache.
     cache, pieces = None, []
     for part in tokens.split([7, 1, 5, 1, 5], dim=1):
@@ -123,4 +129,6 @@ def test_static_cache(tmp_path):
     _, theirs = make("window_some", tmp_path / "model")
     tokens = random_tokens((1, 9))
     options = dict(max_new_tokens=10, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(tokens))
-    assert torch.equal(theirs.generate(tokens, cache_implementation="static", disable_compile=True, **options), theirs.generate(tokens, **options))
+    assert torch.equal(
+        theirs.generate(tokens, cache_implementation="static", disable_compile=True, **options), theirs.generate(tokens, **options)
+    )

@@ -21,7 +21,11 @@ def test_experts_add_up_to_the_dense_ffn(num_experts):
     for e in range(num_experts):
         g, u = gate_up[e, :f], gate_up[e, f:]
         # Contiguous slices, in order.
-        assert torch.equal(g, gate[e * f : (e + 1) * f]) and torch.equal(u, up[e * f : (e + 1) * f]) and torch.equal(down_e[e], down[:, e * f : (e + 1) * f])
+        assert (
+            torch.equal(g, gate[e * f : (e + 1) * f])
+            and torch.equal(u, up[e * f : (e + 1) * f])
+            and torch.equal(down_e[e], down[:, e * f : (e + 1) * f])
+        )
         total += (F.silu(x @ g.T) * (x @ u.T)) @ down_e[e].T
     assert torch.allclose(total, (F.silu(x @ gate.T) * (x @ up.T)) @ down.T, rtol=0, atol=1e-12)
 

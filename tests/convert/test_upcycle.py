@@ -1,4 +1,5 @@
-"""Dense -> mixture: with every gate open the mixture is the dense model, in our code and in transformers; reports, refusals, killed runs."""
+"""Dense -> mixture: with every gate open the mixture is the dense model, in our code and in transformers; reports, refusals, killed
+runs."""
 
 from __future__ import annotations
 
@@ -7,15 +8,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 import transformers as hf
 
 from moetrain.config import SigmoidSteRouter, TopKRouter, UpcycleConfig
-from moetrain.convert import huggingface
-from moetrain.convert.huggingface import parameter_shapes, read_config, read_tensors, write_model
+from moetrain.convert.huggingface import parameter_shapes, read_config, read_tensors
 from moetrain.convert.upcycle import upcycle
 from moetrain.model import Transformer, initial_tensor
 from tests.convert.test_huggingface import FAMILIES, load_ours, logits, random_tokens, save_stock
@@ -23,7 +22,9 @@ from tests.convert.test_huggingface import FAMILIES, load_ours, logits, random_t
 OPEN = SigmoidSteRouter(rescale="none", bias=True, bias_init=40.0)
 
 
-@pytest.mark.parametrize("name", [n for n, (c, _) in FAMILIES.items() if n not in ("llama_biases",) and "moe" not in n and "mixtral" not in n])
+@pytest.mark.parametrize(
+    "name", [n for n, (c, _) in FAMILIES.items() if n not in ("llama_biases",) and "moe" not in n and "mixtral" not in n]
+)
 def test_open_gates_are_the_dense_model(name, tmp_path):
     """sigmoid(40) rounds to 1 in float32, so nothing but the order of sums differs."""
     stock = save_stock(name, tmp_path / "dense")
@@ -38,7 +39,9 @@ def test_llama_moe_with_every_expert_is_the_dense_model(tmp_path):
     """k = E and equal gates: weights 1/E times E / k ... times E is what output_scale E gives."""
     stock = save_stock("llama", tmp_path / "dense")
     router = TopKRouter(top_k=4, output_scale=4.0, init_std=1e-12)
-    report = upcycle(UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "moe"), method="llama_moe", num_experts=4, router=router))
+    report = upcycle(
+        UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "moe"), method="llama_moe", num_experts=4, router=router)
+    )
     assert report.model_type == "mixtral"
     exported = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "moe").eval()
     assert (logits(exported, random_tokens()) - logits(stock, random_tokens())).abs().max() <= 1e-5
@@ -56,11 +59,18 @@ def test_defaults_and_report(tmp_path):
     dense = read_config(tmp_path / "dense")
     assert steps == [(i + 1, len(parameter_shapes(dense))) for i in range(len(steps))] and len(steps) == len(parameter_shapes(dense))
     mixture = read_config(tmp_path / "moe")
-    assert mixture == report.config and mixture.moe.num_experts == 8 and mixture.moe.expert_dim == 6 and mixture.moe.router == SigmoidSteRouter()
+    assert (
+        mixture == report.config
+        and mixture.moe.num_experts == 8
+        and mixture.moe.expert_dim == 6
+        and mixture.moe.router == SigmoidSteRouter()
+    )
     model = Transformer(mixture)
     assert report.parameters == sum(p.numel() for p in model.parameters()) == report.dense_parameters + 2 * 8 * 32
     assert report.activated[8] == report.parameters and report.activated[1] == report.parameters - 2 * 7 * 3 * 32 * 6
-    assert sorted(report.files) == sorted(os.listdir(tmp_path / "moe")) and "tokenizer.json" in report.files and "evil.py" not in report.files
+    assert (
+        sorted(report.files) == sorted(os.listdir(tmp_path / "moe")) and "tokenizer.json" in report.files and "evil.py" not in report.files
+    )
     assert json.loads((tmp_path / "moe" / "config.json").read_text())["eos_token_id"] == [3, 4]
     tensors = dict(read_tensors(tmp_path / "moe", mixture))
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
@@ -71,7 +81,9 @@ def test_defaults_and_report(tmp_path):
 def test_llama_moe_defaults(tmp_path):
     save_stock("llama", tmp_path / "dense")
     for experts, k in ((8, 3), (16, 6), (2, 1)):
-        report = upcycle(UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / f"moe{experts}"), method="llama_moe", num_experts=experts))
+        report = upcycle(
+            UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / f"moe{experts}"), method="llama_moe", num_experts=experts)
+        )
         router = report.config.moe.router
         assert (router.top_k, router.output_scale) == (k, experts / k) and list(report.activated) == [k]
     given = UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "c"), method="llama_moe", router=TopKRouter(top_k=2))
@@ -115,6 +127,11 @@ upcycle(UpcycleConfig(dense={str(tmp_path / "dense")!r}, output={str(tmp_path / 
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     partial = [p for p in tmp_path.iterdir() if p.name != "dense"]
-    assert len(partial) == 1 and partial[0].name.startswith(".moe.") and partial[0].name.endswith(".partial") and list(partial[0].glob("shard-*"))
+    assert (
+        len(partial) == 1
+        and partial[0].name.startswith(".moe.")
+        and partial[0].name.endswith(".partial")
+        and list(partial[0].glob("shard-*"))
+    )
     upcycle(UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "moe")))
     assert read_config(tmp_path / "moe").moe is not None

@@ -116,8 +116,10 @@ def test_byte_ranges_cut_no_line(tmp_path, newline):
     path.write_bytes(path.read_bytes().rstrip())  # the last line has no end
     prepare([path], tmp_path / "whole", "byte")
     assert texts(tmp_path / "whole") == expected
-    for size in (5, 37, 64, 500):
-        prepare([path], tmp_path / "cut", "byte", unit_bytes=size)
+    # A range may begin in a line, at its first byte, or at its newline.
+    line = path.read_bytes().index(b"\n") + 1
+    for size in (5, line - 1, line, line + 1, 64, 500):
+        prepare([path], tmp_path / "cut", "byte", unit_bytes=size, resume=False)
         assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
@@ -169,7 +171,7 @@ def test_long_line_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 100)
     path = jsonl(tmp_path / "a.jsonl", ["one", "x" * 3000, "two", "y" * 90])
     for size in (1 << 20, 10):
-        report = prepare([path], tmp_path / "out", "byte", unit_bytes=size)
+        report = prepare([path], tmp_path / "out", "byte", unit_bytes=size, resume=False)
         assert texts(tmp_path / "out") == ["one", "two"]
         assert [example.split(":")[1] for example in report.broken_examples] == ["2", "4"]
     (tmp_path / "b.txt").write_bytes(b"x" * 101)
@@ -264,15 +266,15 @@ def test_max_documents_is_the_first_ones(tmp_path):
     expected = words(100)
     path = jsonl(tmp_path / "a.jsonl", expected)
     path.write_bytes(b"{\n" + path.read_bytes())
-    results = []
-    for workers, size in ((1, 1 << 20), (1, 200), (2, 200)):
-        report = prepare(
-            [path], tmp_path / "o", "byte", max_documents=33, workers=workers, unit_bytes=size, resume=False
-        )
-        assert texts(tmp_path / "o") == expected[:33] and report.documents == {"all": 33}
-        assert report.text_bytes["all"] == sum(len(text.encode()) for text in expected[:33])
-        results.append(contents(tmp_path / "o"))
-    assert results[0] == results[1] == results[2]
+    for limit in (1, 31, 32, 33):  # at the end of a unit and inside one
+        results = []
+        for workers, size in ((1, 1 << 20), (1, 200), (2 if limit == 32 else 1, 300)):
+            options = {"max_documents": limit, "workers": workers, "unit_bytes": size, "resume": False}
+            report = prepare([path], tmp_path / "o", "byte", **options)
+            assert texts(tmp_path / "o") == expected[:limit] and report.documents == {"all": limit}
+            assert report.text_bytes["all"] == sum(len(text.encode()) for text in expected[:limit])
+            results.append(contents(tmp_path / "o"))
+        assert results[0] == results[1] == results[2]
     prepare([path], tmp_path / "o", "byte", max_documents=1000)
     assert texts(tmp_path / "o") == expected
 
@@ -470,3 +472,12 @@ def test_input_hash_is_stable(tmp_path):
         b"".join((tmp_path / f"o_{split}.bin").read_bytes() for split in ("train", "valid"))
     )
     assert digest.hexdigest()[:16] == "fdfeb695d17423d0"
+
+
+def test_excluded_files_and_folders_are_left_out(tmp_path):
+    for name in ("a.py", "test/b.py", "sub/test/c.py", "sub/d.py", "e_test.py"):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"text of {name}\n" * 3)
+    report = prepare([tmp_path / "in"], tmp_path / "out", "byte", extensions=(".py",), exclude=["test", "*/test/*", "*_test.py"])
+    assert report.documents["all"] == 2 and report.skipped["excluded"] == 3

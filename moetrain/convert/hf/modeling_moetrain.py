@@ -8,7 +8,7 @@ Letters: B rows of a batch, S new positions, L positions in the cache and new on
 """
 
 import math
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ class MoetrainConfig(PretrainedConfig):
     model_type = "moetrain"
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    def __init__(self, moetrain: Optional[dict] = None, **kwargs: Any) -> None:
+    def __init__(self, moetrain: dict | None = None, **kwargs: Any) -> None:
         self.moetrain = dict(moetrain or {})
         # Not `sliding_window` nor `layer_types`: a cache that dropped what is outside the window would not fit the mask made here.
         ours = {
@@ -112,7 +112,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(C, config["norm_eps"]) if config["qk_norm"] else None
         self.k_norm = RMSNorm(C, config["norm_eps"]) if config["qk_norm"] else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, start: int, attention_mask: Optional[Tensor], cache: Optional[Cache]) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, start: int, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
         """x: (B, S, D). start: positions already in the cache. attention_mask: (B, >= start + S), 0 on padding, or (B, 1, S, L) bool."""
         B, S, _ = x.shape
         q, k, v = (p(x).view(B, S, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
@@ -120,13 +120,14 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = _rotate(q, cos, sin).transpose(1, 2), _rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer)
+            # transformers 4 wants to be told where a static cache goes on; 5 knows and ignores it.
+            k, v = cache.update(k, v, self.layer, {"cache_position": torch.arange(start, start + S, device=x.device)})
         mask = _visible(S, k.shape[2], start, self.window, attention_mask, x.device)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(out.transpose(1, 2).reshape(B, S, -1))
 
 
-def _visible(S: int, L: int, start: int, window: Optional[int], attention_mask: Optional[Tensor], device: torch.device) -> Tensor:
+def _visible(S: int, L: int, start: int, window: int | None, attention_mask: Tensor | None, device: torch.device) -> Tensor:
     """(B or 1, 1, S, L) bool: which keys a query sees. A static cache is longer than start + S; what lies behind is never seen."""
     queries = torch.arange(start, start + S, device=device)[:, None]
     keys = torch.arange(L, device=device)
@@ -273,15 +274,15 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Optional[Tensor] = None,
-        attention_mask: Optional[Tensor] = None,
-        position_ids: Optional[Tensor] = None,
-        past_key_values: Optional[Cache] = None,
-        inputs_embeds: Optional[Tensor] = None,
-        labels: Optional[Tensor] = None,
-        use_cache: Optional[bool] = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        return_dict: Optional[bool] = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As any causal language model of transformers. attention_mask: (B, L), 0 on padding on either side.
@@ -291,8 +292,12 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if attention_mask is not None and (attention_mask.dim() not in (2, 4) or (attention_mask.dim() == 4 and attention_mask.dtype != torch.bool)):
-            raise ValueError(f"attention_mask must be (B, L), or (B, 1, S, L) bool; found {tuple(attention_mask.shape)} {attention_mask.dtype}")
+        if attention_mask is not None and (
+            attention_mask.dim() not in (2, 4) or (attention_mask.dim() == 4 and attention_mask.dtype != torch.bool)
+        ):
+            raise ValueError(
+                f"attention_mask must be (B, L), or (B, 1, S, L) bool; found {tuple(attention_mask.shape)} {attention_mask.dtype}"
+            )
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         S = x.shape[1]
         use_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
@@ -317,13 +322,18 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             shifted = F.pad(labels, (0, 1), value=-100)[:, 1:].to(logits.device)
             count = kwargs.get("num_items_in_batch")
-            total = F.cross_entropy(logits.to(_wide(logits)).flatten(0, 1), shifted.flatten(), reduction="sum" if count is not None else "mean")
+            total = F.cross_entropy(
+                logits.to(_wide(logits)).flatten(0, 1), shifted.flatten(), reduction="sum" if count is not None else "mean"
+            )
             loss = total if count is None else total / count
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
         return output if return_dict is not False else output.to_tuple()
 
     def _rope(self, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin (B, S, 1, C), float32 or float64. The frequencies follow from the config and are no buffer: loading would have to fill it."""
+        """cos and sin (B, S, 1, C), float32 or float64.
+
+        The frequencies follow from the config and are no buffer: loading would have to fill it.
+        """
         dtype = _wide(x)
         frequencies, scale = _rope_frequencies(self.config.moetrain)
         angles = positions.to(dtype)[..., None] * frequencies.to(x.device, dtype)

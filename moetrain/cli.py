@@ -1,0 +1,264 @@
+"""The `moetrain` program: parse, build the config, call one function.
+
+Exit status: 0; 1 for a run that failed; 2 for wrong input, with a line that says what to do; 130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from moetrain import config as schema
+from moetrain.config import Config, ConfigError
+
+COMMANDS = {
+    "prepare": ("text, jsonl, jsonl.zst, parquet -> tokenized .bin/.idx data", "moetrain prepare --prepare.inputs '[book.txt, corpus.jsonl.zst]' --prepare.output data/corpus"),
+    "upcycle": ("dense Hugging Face checkpoint -> mixture of experts", "moetrain upcycle --upcycle.dense llama/ --upcycle.output llama-dsmoe/ --upcycle.num_experts 8"),
+    "train": ("train from scratch, from a checkpoint, or go on", "torchrun --standalone --nproc-per-node 2 -m moetrain train --config configs/quickstart/moe.yaml --train.lr 3e-4"),
+    "eval": ("perplexity and cost per token on held-out sets", "moetrain eval --run_dir runs/moe --eval.output result.json"),
+    "generate": ("text from a prompt", "moetrain generate --run_dir runs/moe --generate.prompt 'def main' --generate.max_new_tokens 100"),
+    "export": ("checkpoint -> Hugging Face folder", "moetrain export --run_dir runs/moe --export.output exported/"),
+    "config": ("check a config and print it with every default; --schema prints the JSON schema", "moetrain config --config configs/quickstart/moe.yaml"),
+    "doctor": ("what is installed, what will be used, what to install for more; --json for programs", "moetrain doctor"),
+}  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _main(words)
+    except (ValueError, OSError) as error:
+        # Wrong input, or a file system that refuses: the message says what to do, and a traceback would hide it.
+        return _fail(error, 2)
+    except RuntimeError as error:
+        if os.environ.get("MOETRAIN_TRACEBACK") or not str(error).startswith("step "):
+            raise
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        print("moetrain: interrupted", file=sys.stderr)
+        return 130
+
+
+def _fail(error: Exception, status: int) -> int:
+    if os.environ.get("MOETRAIN_TRACEBACK"):
+        raise error
+    rank = f" rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    print(f"moetrain{rank}: error: {text}", file=sys.stderr, flush=True)
+    return status
+
+
+def _main(words: list[str]) -> int:
+    # The deepspeed launcher adds --local_rank and sets LOCAL_RANK as well, which is what is read.
+    words = [w for w in words if not w.startswith("--local_rank=")]
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    command, words = words[0], words[1:]
+    if command == "--version":
+        from moetrain import __version__
+
+        print(__version__)
+        return 0
+    if command not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(command, COMMANDS, 1)
+        raise ConfigError(f"unknown command {command!r}" + (f"; did you mean {near[0]}?" if near else f"; one of {', '.join(COMMANDS)}"))
+    if "-h" in words or "--help" in words:
+        print(_help(command))
+        return 0
+    if command == "doctor":
+        from moetrain import doctor
+
+        _only(words, "--json")
+        return doctor.main(as_json="--json" in words)
+    if command == "config" and "--schema" in words:
+        _only(words, "--schema")
+        print(schema.schema())
+        return 0
+    config = _read(command, words)
+    _RUN[command](config)
+    return 0
+
+
+def _only(words: list[str], known: str) -> None:
+    for word in words:
+        if word != known:
+            raise ConfigError(f"unexpected argument {word!r}; known: {known}")
+
+
+def _read(command: str, words: list[str]) -> Config:
+    path, rest = None, []
+    while words:
+        word = words.pop(0)
+        if word == "--config" or word.startswith("--config="):
+            if path is not None:
+                raise ConfigError("--config is given twice")
+            path = word.partition("=")[2] if "=" in word else words.pop(0) if words else ""
+            if not path:
+                raise ConfigError("--config: name a YAML file")
+        else:
+            rest.append(word)
+    overrides = schema.parse_overrides(rest)
+    if path is None and command in ("eval", "generate", "export"):
+        # A run knows its own config.
+        runs = [value for key, value in overrides if key == "run_dir"]
+        if runs and (Path(runs[-1]) / "config.yaml").is_file():
+            path = str(Path(runs[-1]) / "config.yaml")
+    from moetrain.build import model_from
+
+    return schema.load_config(path, overrides, model_from=model_from)
+
+
+def _usage() -> str:
+    lines = "\n".join(f"  {name:10}{what}" for name, (what, _) in COMMANDS.items())
+    return (
+        f"moetrain: turns dense language models into mixtures of experts and trains them\n\n{lines}\n\n"
+        f"moetrain COMMAND --help shows its options and an example. Every option can stand in the YAML file (--config FILE) or on the\n"
+        f"command line (--train.lr 3e-4)."
+    )
+
+
+_SECTIONS = {
+    "prepare": ["prepare"], "upcycle": ["upcycle"], "train": ["train", "data", "parallel", "checkpoint", "log"], "eval": ["eval", "data"],
+    "generate": ["generate"], "export": ["export"],
+}  # fmt: skip
+
+
+def _help(command: str) -> str:
+    what, example = COMMANDS[command]
+    lines = [f"moetrain {command}: {what}", "", f"example: {example}", ""]
+    if command == "doctor":
+        return "\n".join([*lines, "  --json    print facts as JSON"])
+    lines += ["  --config FILE    YAML with any of the options below", *(["  --schema         print the JSON schema of the file, for editors"] if command == "config" else [])]
+    top = [] if command in ("prepare", "upcycle") else ["run_dir", "init_from"]
+    for name in [*top, *(["resume"] if command == "train" else [])]:
+        lines.append(_option(name, Config.model_fields[name]))
+    for section in _SECTIONS.get(command, []):
+        for cls, _ in schema._sections(Config.model_fields[section].annotation):
+            lines += [_option(f"{section}.{name}", field) for name, field in cls.model_fields.items()]
+    if command == "train":
+        lines.append("  --model.*: the architecture; see `moetrain config --schema`")
+    return "\n".join(lines)
+
+
+def _option(name: str, field: object) -> str:
+    default = getattr(field, "default", None)
+    shown = " (required)" if field.is_required() else f" (default {default})" if isinstance(default, (int, float, str)) else ""  # type: ignore[attr-defined]
+    return f"  --{name}{shown}" + (f"\n      {field.description}" if field.description else "")  # type: ignore[attr-defined]
+
+
+# -------------------------------------------------------------------------------------------------------------------- commands
+
+
+def _prepare(config: Config) -> None:
+    from rich.progress import Progress
+
+    from moetrain.build import need
+    from moetrain.data.prepare import DEFAULT_EXTENSIONS, prepare
+
+    need(config, "prepare")
+    options = config.prepare
+    assert options is not None
+    with Progress(disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("prepare", total=None)
+        report = prepare(
+            options.inputs, options.output, options.tokenizer, text_key=options.text_key, extensions=options.extensions or DEFAULT_EXTENSIONS,
+            exclude=options.exclude, workers=options.workers, validation_fraction=options.validation_fraction, strict=options.strict,
+            max_documents=options.max_documents, seed=options.seed,
+            progress=lambda p: bar.update(task, completed=p.bytes_done, total=p.bytes_total),
+        )  # fmt: skip
+    for split, prefix in report.prefixes.items():
+        print(f"{split}: {report.documents[split]:,} documents, {report.tokens[split]:,} tokens -> {prefix}.bin")
+    for reason, count in report.skipped.items():
+        print(f"left out: {count:,} ({reason})")
+    if report.broken_lines:
+        print(f"broken lines left out: {report.broken_lines:,}")
+        for example in report.broken_examples:
+            print(f"  {example}")
+
+
+def _upcycle(config: Config) -> None:
+    from rich.progress import Progress
+
+    from moetrain.build import need
+    from moetrain.convert.upcycle import upcycle
+
+    need(config, "upcycle")
+    assert config.upcycle is not None
+    with Progress(disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("upcycle", total=None)
+        report = upcycle(config.upcycle, lambda done, total: bar.update(task, completed=done, total=total))
+    print(f"{report.output} ({report.model_type}): {report.dense_parameters:,} -> {report.parameters:,} parameters")
+    for active, parameters in report.activated.items():
+        print(f"  {active} of {config.upcycle.num_experts} experts: {parameters:,} activated ({parameters / report.parameters:.1%})")
+
+
+def _train(config: Config) -> None:
+    from moetrain import train
+
+    train.run(config)
+
+
+def _eval(config: Config) -> None:
+    from moetrain import evaluate
+
+    evaluate.run(config)
+
+
+def _generate(config: Config) -> None:
+    import torch
+
+    from moetrain.build import DTYPES, find_trained, load_trained
+    from moetrain.config import TrainConfig
+    from moetrain.data.tokenizer import load_tokenizer
+    from moetrain.generate import generate
+
+    trained = find_trained(config)
+    if trained.tokenizer is None:
+        raise ConfigError(f"{trained.source}: no tokenizer is known for it; generate needs data that was prepared with one")
+    tokenizer = load_tokenizer(trained.tokenizer)
+    prompt = list(tokenizer.encode(config.generate.prompt))
+    if tokenizer.bos_id is not None and not prompt:
+        prompt = [tokenizer.bos_id]
+    train = config.train or TrainConfig(steps=1, global_batch_size=1, micro_batch_size=1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_trained(trained, train, device, None)
+    tokens = torch.tensor([[int(t) for t in prompt]], dtype=torch.int64, device=device)
+    output = generate(model, tokens, config.generate, tokenizer.eos_id, dtype=DTYPES[train.dtype])[0].tolist()
+    print(tokenizer.decode([t for t in output if t != tokenizer.eos_id]))
+
+
+def _export(config: Config) -> None:
+    import torch
+
+    from moetrain.build import find_trained, need
+    from moetrain.convert.huggingface import architecture, write_model
+    from moetrain.data.tokenizer import load_tokenizer
+
+    need(config, "export")
+    options = config.export
+    assert options is not None
+    trained = find_trained(config)
+    tokenizer = None if trained.tokenizer is None else load_tokenizer(trained.tokenizer)
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    files = write_model(options.output, trained.config, trained.tensors, dtype=dtype, max_shard_bytes=options.max_shard_bytes, tokenizer=tokenizer)
+    kind = architecture(trained.config)
+    print(f"{trained.source} -> {options.output} ({kind}): {', '.join(f.name for f in files)}")
+    if kind == "moetrain":
+        print("load it with AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)")
+
+
+def _config(config: Config) -> None:
+    print(schema.to_yaml(config), end="")
+
+
+_RUN: dict[str, Callable[[Config], None]] = {
+    "prepare": _prepare, "upcycle": _upcycle, "train": _train, "eval": _eval, "generate": _generate, "export": _export, "config": _config,
+}  # fmt: skip
