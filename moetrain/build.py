@@ -98,7 +98,8 @@ def find_trained(config: Config) -> Trained:
         return Trained(model, tensors, meta.get("tokenizer"), str(path), meta.get("mean_active"))
     if config.init_from is not None and config.model is not None:
         source = Path(config.init_from)
-        return Trained(config.model, huggingface.read_tensors(source, config.model), str(source) if (source / "tokenizer.json").exists() else None, str(source), None)
+        tokenizer = str(source) if (source / "tokenizer.json").exists() else None
+        return Trained(config.model, huggingface.read_tensors(source, config.model), tokenizer, str(source), None)
     raise ConfigError(f"run_dir {config.run_dir}: no checkpoint there; name a training run's run_dir, or set init_from to a Hugging Face folder")
 
 

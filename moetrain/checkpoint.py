@@ -19,10 +19,11 @@ import re
 import shutil
 import threading
 import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -121,7 +122,8 @@ class Checkpoints:
             sizes = self._together(where, lambda: self._prepare(temporary, staged))
             writer = _Writer(temporary, _file_of_each_name(sizes))
             planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-            self._together(where, lambda: dcp.save(staged, storage_writer=writer, planner=planner, process_group=self._group, no_dist=self._group is None))
+            options = {"planner": planner, "process_group": self._group, "no_dist": self._group is None}
+            self._together(where, lambda: dcp.save(staged, storage_writer=writer, **options))
             files = self._together(where, lambda: {name: _entry(temporary / name) for name in writer.files})
             self._together(where, lambda: self._finish(final, step, text, {k: v for part in files for k, v in part.items()}))
         except BaseException:
@@ -156,7 +158,9 @@ class Checkpoints:
         manifest = {"format": FORMAT, "step": step, "ranks": self._world, "torch": torch.__version__, "files": dict(sorted(files.items()))}
         _write_flushed(temporary / _MANIFEST, json.dumps(manifest, indent=1))
         _flush_folder(temporary)
-        if final.exists():  # a damaged one that `load` passed over, or a run continued from an earlier step
+        if final.exists():
+            # A damaged one that `load` passed over, or the same step saved again. Between the two renames this step has no final name;
+            # older checkpoints are still there, for they are removed after it.
             replaced = final.with_name(final.name + ".replaced.tmp")
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
@@ -241,7 +245,8 @@ class Checkpoints:
         state = {name: t.detach() for name, t in tensors.items()}
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         reader = _Reader(folder, metadata)
-        self._together(where, lambda: dcp.load(state, storage_reader=reader, planner=planner, process_group=self._group, no_dist=self._group is None))
+        options = {"planner": planner, "process_group": self._group, "no_dist": self._group is None}
+        self._together(where, lambda: dcp.load(state, storage_reader=reader, **options))
         return meta
 
     # ---------------------------------------------------------------------------------------------------------------- look
@@ -358,7 +363,7 @@ def _whole_tensors(index: Metadata, prefix: str) -> Iterator[tuple[str, Tensor]]
                 path = index.storage_data[MetadataIndex(name, chunk.offsets)].relative_path
                 if path not in handles:
                     handles[path] = stack.enter_context(safe_open(path, framework="pt"))
-                place = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes))
+                place = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
                 whole[place] = handles[path].get_tensor(name)
             yield name, whole
 

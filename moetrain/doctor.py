@@ -13,9 +13,10 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,7 +70,8 @@ def report(facts: dict[str, Any] | None = None) -> str:
 
     lines.append("Core")
     found = facts["torch"]
-    row("problem" not in found, "torch", found.get("problem") or f"{found['version']}, " + (f"CUDA {found['cuda']}" if found["cuda"] else "built without CUDA"))
+    build = "" if "problem" in found else f"CUDA {found['cuda']}" if found["cuda"] else "built without CUDA"
+    row("problem" not in found, "torch", found.get("problem") or f"{found['version']}, {build}")
     found = facts["extension"]
     row("problem" not in found, "moetrain._C", found.get("problem") or "kernels for " + ", ".join(found["devices"]))
 
@@ -83,11 +85,13 @@ def report(facts: dict[str, Any] | None = None) -> str:
     cpu, memory, disk = facts["cpu"], facts["memory"], facts["disk"]
     if "problem" not in cpu:
         threads = f"OMP_NUM_THREADS={cpu['omp_num_threads']}" if cpu["omp_num_threads"] else "OMP_NUM_THREADS not set"
-        row(True, "CPU", f"{cpu['usable_cores']:g} usable cores of {cpu['cores']}, torch uses {cpu['torch_threads']} threads, {threads}, load {cpu['load']:.1f}")
+        cores = f"{cpu['usable_cores']:g} usable cores of {cpu['cores']}"
+        row(True, "CPU", f"{cores}, torch uses {cpu['torch_threads']} threads, {threads}, load {cpu['load']:.1f}")
     if "problem" not in memory:
         row(True, "memory", f"{memory['available'] / 2**30:.1f} GiB free of {memory['total'] / 2**30:.1f}")
     if "problem" not in disk:
-        row(True, "disk", f"{disk['free'] / 2**30:.1f} GiB free of {disk['total'] / 2**30:.1f} in {disk['folder']}" + ("" if disk["writable"] else ", not writable"))
+        size = f"{disk['free'] / 2**30:.1f} GiB free of {disk['total'] / 2**30:.1f}"
+        row(disk["writable"], "disk", f"{size} in {disk['folder']}" + ("" if disk["writable"] else ", not writable"))
     gpus = facts["gpus"]
     if isinstance(gpus, dict):
         row(False, "GPU", gpus["problem"])
@@ -162,13 +166,14 @@ def _packages() -> dict[str, dict[str, Any]]:
         return {"version": version, "problem": _import_problem(module), "for": use}
 
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        return {package[0]: found for package, found in zip(_PACKAGES, pool.map(look, _PACKAGES))}
+        return {package[0]: found for package, found in zip(_PACKAGES, pool.map(look, _PACKAGES), strict=True)}
 
 
 def _import_problem(module: str) -> str | None:
     """Why a module can't be imported, or None."""
     try:
-        done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, errors="replace", timeout=_IMPORT_SECONDS)
+        command = [sys.executable, "-c", f"import {module}"]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_IMPORT_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"import fails: {_first_line(error)}"
     if done.returncode == 0:
@@ -238,17 +243,20 @@ def _warnings(facts: dict[str, Any]) -> list[str]:
                 f"set OMP_NUM_THREADS={max(1, int(cpu['usable_cores']))} or less"
             )
         if cpu["omp_num_threads"] is None and not gpus and cpu["usable_cores"] > 1:
-            found.append("OMP_NUM_THREADS is not set: with several processes on this machine set it to cores / processes, or they share cores and crawl")
+            found.append("OMP_NUM_THREADS is not set: with several processes here set it to cores / processes, or they share cores and crawl")
         if cpu["load"] > cpu["usable_cores"]:
-            found.append(f"the load is {cpu['load']:.1f} on {cpu['usable_cores']:g} cores: others compute here too, and threads that share a core wait for each other")
+            load = f"the load is {cpu['load']:.1f} on {cpu['usable_cores']:g} cores"
+            found.append(f"{load}: others compute here too, and threads that share a core wait for each other")
     if "problem" not in disk:
         if disk["free"] < 10 * 2**30:
-            found.append(f"only {disk['free'] / 2**30:.1f} GiB of disk are free; a checkpoint takes 12 bytes per parameter, and two are kept by default")
+            free = f"only {disk['free'] / 2**30:.1f} GiB of disk are free"
+            found.append(f"{free}; a checkpoint takes 12 bytes per parameter, and two are kept by default")
         if not disk["writable"]:
             found.append(f"{disk['folder']} is not writable")
     if shutil.which("nvidia-smi") and gpus == [] and "problem" not in facts["torch"]:
-        why = "this torch is built without CUDA" if facts["torch"]["cuda"] is None else "torch can't use one (driver older than its CUDA, or CUDA_VISIBLE_DEVICES)"
-        found.append(f"nvidia-smi is here, but {why}")
+        without = facts["torch"]["cuda"] is None
+        reason = "is built without CUDA" if without else "can't use a GPU (driver older than its CUDA, or CUDA_VISIBLE_DEVICES)"
+        found.append(f"nvidia-smi is here, but torch {reason}")
     return found
 
 

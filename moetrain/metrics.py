@@ -14,9 +14,10 @@ import sys
 import uuid
 import warnings
 from collections import deque
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,9 @@ _WINDOW = 50  # steps over which the console averages speed
 class Metrics:
     """Writes the metrics of a run. Every rank makes one; only rank 0 writes."""
 
-    def __init__(self, run_dir: Path | str, config: LogConfig, *, resolved: dict[str, Any], resume_step: int = 0, rank: int = 0, console: bool = True) -> None:
+    def __init__(
+        self, run_dir: Path | str, config: LogConfig, *, resolved: dict[str, Any], resume_step: int = 0, rank: int = 0, console: bool = True
+    ) -> None:
         """resolved: the whole config as plain data. resume_step: last step that the run continued from has done; later lines are dropped.
 
         Raises ValueError, on every rank, if a sink that is asked for is not installed.
@@ -57,7 +60,9 @@ class Metrics:
         self._files = [self._metrics, self._events]
         for name, wanted, make in (("wandb", config.wandb, _Wandb), ("tensorboard", config.tensorboard, _TensorBoard)):
             if wanted:
-                self._guarded(name, lambda: self._sinks.update({name: make(run_dir, config, resolved, resume_step)}))
+                sink = self._guarded(name, make, run_dir, config, resolved, resume_step)
+                if sink is not None:
+                    self._sinks[name] = sink
 
     def log(self, record: dict[str, Any]) -> None:
         """Write the record of one step; `record["step"]` counts from 1. Tensors with one element count as numbers."""
@@ -72,7 +77,7 @@ class Metrics:
         if self._sinks:
             step, scalars = record["step"], flatten(record)
             for name, sink in list(self._sinks.items()):
-                self._guarded(name, lambda: sink.log(step, scalars))
+                self._guarded(name, sink.log, step, scalars)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Write something that happened (restart, skipped step, checkpoint, ...) with the time, to events.jsonl."""
@@ -88,10 +93,10 @@ class Metrics:
             file.close()
         self._active, self._files = False, []
 
-    def _guarded(self, name: str, work: Any) -> None:
+    def _guarded(self, name: str, work: Callable[..., Any], *arguments: Any) -> Any:
         # A sink is somebody else's network and disk: losing it must not cost the run, and the JSONL has everything.
         try:
-            work()
+            return work(*arguments)
         except Exception as error:
             self._sinks.pop(name, None)
             first = (str(error).splitlines() or [""])[0]
@@ -103,7 +108,7 @@ class Metrics:
         self._recent.append(tuple(record.get(k, math.nan) for k in ("step_s", "data_s", "tokens_per_s")))
         step = record["step"]
         if step % self.config.every == 0 or self._first or step == self._steps or record.get("skipped"):
-            means = [sum(column) / len(column) for column in zip(*self._recent)]
+            means = [sum(column) / len(column) for column in zip(*self._recent, strict=True)]
             self._print(console_line(record, steps=self._steps, devices=self._devices, step_s=means[0], data_s=means[1], tokens_per_s=means[2]))
             self._first = False
         for name, result in (record.get("eval") or {}).items():
@@ -202,7 +207,7 @@ def plots(run_dir: Path | str, out_dir: Path | str) -> list[Path]:
     axes.plot(steps, [r.get("lm", r["loss"]) for r in records], linewidth=0.8, label="train")
     for name in sorted({name for r in records for name in r.get("eval") or {}}):
         points = [(r["step"], r["eval"][name]["loss"]) for r in records if name in (r.get("eval") or {})]
-        axes.plot(*zip(*points), marker="o", markersize=3, label=f"eval {name}")
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"eval {name}")
     for i, step in enumerate(r["step"] for r in records if r.get("skipped")):
         axes.axvline(step, color="red", alpha=0.3, linewidth=1, label=None if i else "skipped")
     axes.set(xlabel="step", ylabel="cross-entropy (nats per token)")
@@ -213,7 +218,7 @@ def plots(run_dir: Path | str, out_dir: Path | str) -> list[Path]:
 
     routed = [r for r in records if (r.get("moe") or {}).get("active")]
     if routed:
-        active = [list(column) for column in zip(*(r["moe"]["active"] for r in routed))]  # one row per layer
+        active = [list(column) for column in zip(*(r["moe"]["active"] for r in routed), strict=True)]  # one row per layer
         figure = Figure(figsize=(8, 7), layout="constrained")
         lines, heat = figure.subplots(2, 1, sharex=True)
         for i, row in enumerate(active):

@@ -78,7 +78,8 @@ class Sums:
         self.sources[1].index_add_(0, source, counted)
         for i, report in enumerate(output.reports):
             if self.loss_names:
-                self.losses += torch.stack([report.losses[n].detach().double() if n in report.losses else self.lm.new_zeros(()) for n in self.loss_names])
+                zero = self.lm.new_zeros(())
+                self.losses += torch.stack([report.losses[n].detach().double() if n in report.losses else zero for n in self.loss_names])
             if report.stats:
                 s = report.stats
                 packed = torch.cat([torch.stack([s["tokens"], s["active_sq"], s["empty"], s["probes"]]), s["load"]])

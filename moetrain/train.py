@@ -94,7 +94,9 @@ class Trainer:
         self.checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", config.checkpoint)
         resume_step = self._together(self.checkpoints.latest)
         if resume_step is not None and not config.resume:
-            raise ConfigError(f"run_dir {config.run_dir} has a checkpoint of step {resume_step}; set resume: true to go on, or choose another run_dir")
+            raise ConfigError(
+                f"run_dir {config.run_dir} has a checkpoint of step {resume_step}; set resume: true to go on, or choose another run_dir"
+            )
         self.model = build_model(config, self.device, build_meshes(self.parallel, self.device))
         self.parameters = dict(self.model.named_parameters())
         train = self.train_config
@@ -165,7 +167,8 @@ class Trainer:
         if old is not None and old != self.model_config:
             changed = _differences(schema.to_dict(old), schema.to_dict(self.model_config), "model")
             # How a router is trained may change from run to run, what the model computes may not.
-            fixed = [line for line in changed if not line.startswith("model.moe.router.") or line.split(":")[0].endswith((".type", ".bias", ".top_k", ".input"))]
+            shape = (".type", ".bias", ".top_k", ".input")
+            fixed = [line for line in changed if not line.startswith("model.moe.router.") or line.split(":")[0].endswith(shape)]
             if fixed:
                 raise ConfigError(f"run_dir {self.config.run_dir}: its checkpoint is of another model; {'; '.join(fixed)}. Use another run_dir")
         if meta["data_fingerprint"] != self.fingerprint:
@@ -227,7 +230,8 @@ class Trainer:
         self.consumed_samples += train.global_batch_size
         self.bad_in_a_row = 0 if good else self.bad_in_a_row + 1
         self.skipped += not good
-        record = {"step": self.step, "loss": total, **losses, "grad_norm": grad_norm, "lr": train.lr * factor, "tokens": self.tokens, "skipped": not good}
+        record = {"step": self.step, "loss": total, **losses, "grad_norm": grad_norm, "lr": train.lr * factor, "tokens": self.tokens}
+        record["skipped"] = not good
         if self.controller is not None:
             record["sparsity_coef"] = factors["sparsity"]
         record["moe"] = totals.moe
@@ -270,18 +274,17 @@ class Trainer:
             self.save(wait=True)
         return record
 
-    def _batches(self, dataset: BlendedDataset | EvalSet, batch_size: int, **options: Any) -> BatchIterator:
+    def _batches(self, dataset: BlendedDataset, batch_size: int, **options: Any) -> BatchIterator:
         assert self.train_config is not None
-        return BatchIterator(
-            dataset, global_batch_size=batch_size, micro_batch_size=self.train_config.micro_batch_size, dp_rank=self.rank, dp_world=self.world, **options
-        )
+        micro = self.train_config.micro_batch_size
+        return BatchIterator(dataset, global_batch_size=batch_size, micro_batch_size=micro, dp_rank=self.rank, dp_world=self.world, **options)
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """`evaluate.evaluate` on the sets of `data.eval`, without the figures by layer. Collective."""
         assert self.train_config is not None
         results = evaluate(
-            self.model, self.eval_sets, batch_size=self.train_config.micro_batch_size, dtype=self.dtype, isolate_documents=self.config.data.isolate_documents,
-            device=self.device, group=self.group,
+            self.model, self.eval_sets, batch_size=self.train_config.micro_batch_size, dtype=self.dtype,
+            isolate_documents=self.config.data.isolate_documents, device=self.device, group=self.group,
         )  # fmt: skip
         return {name: {k: v for k, v in result.items() if not isinstance(v, list)} for name, result in results.items()}
 

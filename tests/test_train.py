@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moetrain.config import Config, ModelConfig, config_from_dict
-from moetrain.data.dataset import IGNORE, BatchIterator, BlendedDataset, Source
+from moetrain.config import Config, ScheduleConfig, config_from_dict
+from moetrain.data.dataset import IGNORE, BlendedDataset, Source
 from moetrain.data.indexed import IndexedWriter
 from moetrain.model import Transformer, init_weights
 from moetrain.moe.losses import coefficients
@@ -92,8 +92,8 @@ def reference(config: Config, how: str) -> dict[str, Any]:
             part = slice(half * 8, half * 8 + 8)
             keys = torch.stack([s.index * 12 + torch.arange(12) for s in samples[part]]) + train.seed * 0x632BE59BD9B4E019 % 2**62
             context = TokenContext(keys=keys.flatten(), valid=(labels[part] != IGNORE).flatten(), num_tokens=count)
-            stack = lambda field: torch.from_numpy(np.stack([getattr(s, field) for s in samples[part]]))  # noqa: E731
-            output = model(stack("tokens"), labels=labels[part], positions=stack("positions"), document_ids=stack("document_ids"), context=context)
+            fields = {f: torch.from_numpy(np.stack([getattr(s, f) for s in samples[part]])) for f in ("tokens", "positions", "document_ids")}
+            output = model(**fields, labels=labels[part], context=context)
             loss = output.loss_sum / count
             for report in output.reports:
                 for name, factor in coefficients(model_config, None).items():
@@ -239,3 +239,69 @@ def test_save_then_load_under_another_layout(first, second, data, tmp_path):
     for router, config, got in zip(routers, configs, start(configs, "mixed")):
         assert len(got["records"]) == 1
         assert_same(got, wanted(config, router, "mixed"), config.train.grad_clip, first=2)
+
+
+def test_a_bad_step_is_skipped_on_all_ranks(data, tmp_path):
+    """NaN on one rank in step 2: no rank updates, the step is counted, and training goes on as if it had not been."""
+    config = make_config(data, "exact", (1, 1, 2), run_dir=str(tmp_path / "run"), train__steps=4)
+    before, after, records = run(_with_nan, 2, config, [2])[0]
+    assert [r["skipped"] for r in records] == [False, True, False, False]
+    assert all(np.array_equal(before[n], after[n]) for n in before)
+    assert all(np.isfinite(r["loss"]) for i, r in enumerate(records) if i != 1)
+
+
+def test_bad_steps_in_a_row_end_the_run(data, tmp_path):
+    config = make_config(data, "topk", (1, 1, 2), run_dir=str(tmp_path / "run"), train__steps=9, train__max_bad_steps=3)
+    assert run(_until_stopped, 2, config) == ["step 5", "step 5"]
+
+
+def _poison(trainer: Trainer, steps: list[int]) -> None:
+    """On the last rank, the loss of these steps is NaN."""
+    forward = trainer.model.forward
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        if trainer.step + 1 in steps and dist.get_rank() == 1:
+            output.loss_sum = output.loss_sum * float("nan")
+        return output
+
+    trainer.model.forward = broken
+
+
+def _with_nan(config: Config, steps: list[int]) -> Any:
+    trainer = Trainer(config, console=False)
+    _poison(trainer, steps)
+    weights, records = [], []
+    with trainer._batches(trainer.dataset, config.train.global_batch_size, prefetch=0) as batches:
+        for _ in range(config.train.steps):
+            records.append(trainer.train_step(next(batches)))
+            weights.append({n: w.numpy().copy() for n, w in wholes(iter(trainer.parameters.items()))})
+    assert trainer.skipped == 1 and trainer.updates == 3
+    trainer.close()
+    return weights[0], weights[1], records
+
+
+def _until_stopped(config: Config) -> str:
+    trainer = Trainer(config, console=False)
+    _poison(trainer, [3, 4, 5, 6, 7])
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        return str(error).partition(":")[0]
+    finally:
+        trainer.close()
+    return "went on"
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])
+def test_learning_rate(kind):
+    """Warm-up reaches the peak in its last step; cosine and WSD end near their least value, and WSD is flat in between."""
+    schedule = ScheduleConfig(type=kind, warmup_steps=10, min_lr_ratio=0.1, decay_steps=20 if kind == "wsd" else 0)
+    rates = [learning_rate_factor(i, 100, schedule) for i in range(100)]
+    assert rates[0] == 0.1 and rates[9] == 1.0 and max(rates) == 1.0
+    if kind == "constant":
+        assert set(rates[9:]) == {1.0}
+    if kind == "wsd":
+        assert rates[79] == rates[80] == 1.0 and rates[90] == pytest.approx(0.55) and rates[99] == pytest.approx(0.145)
+    if kind == "cosine":
+        assert rates[55] == pytest.approx(0.55) and 0.1 < rates[99] < 0.101

@@ -83,6 +83,14 @@ def rank_main(router: str, skew: str, shares: list[int]):
     return y.numpy(), dx.numpy(), *grads, losses, report.stats["load"].numpy(), sent
 
 
+def close(got, want) -> None:
+    torch.testing.assert_close(torch.as_tensor(got, dtype=want.dtype), want, rtol=1e-10, atol=1e-12)
+
+
+def cat(parts, i: int) -> torch.Tensor:
+    return torch.cat([torch.as_tensor(p[i]) for p in parts])
+
+
 @pytest.mark.parametrize("skew", ["mixed", "closed", "one expert", "one rank"])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_ranks_compute_what_one_rank_computes(router, skew):
@@ -93,13 +101,11 @@ def test_ranks_compute_what_one_rank_computes(router, skew):
     y, dx, report = train(layer, x, grad, torch.arange(T))
     for shares in ([T, 0], [5, 0, 12, 7]):
         parts = run(rank_main, len(shares), router, skew, shares)
-        close = lambda got, want: torch.testing.assert_close(torch.as_tensor(got, dtype=want.dtype), want, rtol=1e-10, atol=1e-12)  # noqa: E731
-        cat = lambda i: torch.cat([torch.as_tensor(p[i]) for p in parts])  # noqa: E731
-        close(cat(0), y)
-        close(cat(1), dx)
+        close(cat(parts, 0), y)
+        close(cat(parts, 1), dx)
         close(sum(torch.as_tensor(p[2]) for p in parts), layer.router.weight.grad)
-        close(cat(3), layer.experts.gate_up.grad)
-        close(cat(4), layer.experts.down.grad)
+        close(cat(parts, 3), layer.experts.gate_up.grad)
+        close(cat(parts, 4), layer.experts.down.grad)
         for name, value in report.losses.items():
             close(sum(p[5][name] for p in parts), value.detach())
         close(sum(torch.as_tensor(p[6]) for p in parts), report.stats["load"])

@@ -1,0 +1,66 @@
+"""Evaluation: what many ranks and large batches say is what a plain loop over the file says."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from moetrain.config import Config, ParallelConfig
+from moetrain.data.dataset import IGNORE, EvalSet
+from moetrain.evaluate import evaluate
+from moetrain.model import Transformer, init_weights
+from moetrain.train import Trainer
+from tests.distributed import run
+from tests.test_train import make_config, write_data
+
+
+def on_ranks(config: Config, path: str) -> dict:
+    trainer = Trainer(config, console=False)
+    sets = {"held out": EvalSet("held out", path, config.data.seq_len)}
+    result = evaluate(
+        trainer.model, sets, batch_size=2, dtype=torch.float64, isolate_documents=True, device=trainer.device,
+        group=dist.group.WORLD if dist.is_initialized() else None,
+    )  # fmt: skip
+    trainer.close()
+    return result["held out"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for seed, name in enumerate(("a", "b", "c")):
+        write_data(folder / name, documents=7, seed=seed)
+    return folder
+
+
+def test_equals_a_plain_loop_on_any_number_of_ranks(data, tmp_path):
+    """The last batch is not full on one rank and blank on others; no token is lost or counted twice."""
+    config = make_config(data, "exact", run_dir=str(tmp_path / "one"))
+    model = Transformer(config.model).double()
+    init_weights(model, config.train.seed)
+    model.eval()
+    dataset = EvalSet("held out", data / "c", config.data.seq_len)
+    total, tokens, routes = 0.0, 0, 0.0
+    for i in range(len(dataset)):
+        sample = dataset[i]
+        inputs = {k: torch.from_numpy(np.array(getattr(sample, k)))[None] for k in ("tokens", "positions", "document_ids")}
+        logits = model(**inputs).logits[0]
+        loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(sample.labels), ignore_index=IGNORE, reduction="sum")
+        total, tokens = total + loss.item(), tokens + int((sample.labels != IGNORE).sum())
+    for layout in ((1, 1, 1), (1, 1, 2), (1, 2, 2)):
+        world = math.prod(layout)
+        ranks = make_config(data, "exact", layout, run_dir=str(tmp_path / str(layout)))
+        results = [on_ranks(ranks, str(data / "c"))] if world == 1 else run(on_ranks, world, ranks, str(data / "c"))
+        for result in results:
+            assert result["tokens"] == tokens
+            assert result["loss"] == pytest.approx(total / tokens, rel=1e-9)
+            assert result["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-9)
+            assert result["active"] == pytest.approx(sum(result["active_by_layer"]) / config.model.num_layers)
+            routes = routes or result["active"]
+            assert result["active"] == routes
+    assert isinstance(config.parallel, ParallelConfig) and 0 < routes < 8
