@@ -3,7 +3,7 @@
     folder/step-00000120/
         manifest.json                       size and SHA-256 of every other file; written last
         meta.json                           whatever the trainer needs beside tensors
-        shard-00001-model-00001-of-00001.safetensors ...   tensors, by rank
+        rank00000-001.safetensors ...       tensors, by the rank that wrote them
 
 Tensors go through torch.distributed.checkpoint's safetensors storage: each file's header says which part of which tensor it holds, so there is
 no pickled index. A checkpoint is written to `step-N.tmp`, flushed to disk and renamed; a folder without `.tmp` is whole.
@@ -28,17 +28,21 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 from moetrain.config import CheckpointConfig
 
 FORMAT = 1
 _MANIFEST, _META = "manifest.json", "meta.json"
-_MAX_FILE_BYTES = 1 << 30  # the writer builds a whole file in memory before it writes it
+_MAX_FILE_BYTES = 1 << 30  # ranks that load share the files to check between them
 _TIMEOUT = timedelta(minutes=30)  # a slow disk of one rank makes the others wait
 _STEP = re.compile(r"step-(\d{8,})")
 _FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
@@ -119,30 +123,29 @@ class Checkpoints:
         temporary = _temporary(final)
         where = f"checkpoint {final}"
         try:
-            sizes = self._together(where, lambda: self._prepare(temporary, staged))
-            writer = _Writer(temporary, _file_of_each_name(sizes))
+            self._together(where, lambda: self._prepare(temporary))
+            writer = _Writer(temporary, self._rank)
             planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
             options = {"planner": planner, "process_group": self._group, "no_dist": self._group is None}
             self._together(where, lambda: dcp.save(staged, storage_writer=writer, **options))
-            files = self._together(where, lambda: {name: _entry(temporary / name) for name in writer.files})
+            files = self._together(where, lambda: writer.files)
             self._together(where, lambda: self._finish(final, step, text, {k: v for part in files for k, v in part.items()}))
         except BaseException:
             if self._rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
 
-    def _prepare(self, temporary: Path, staged: dict[str, Tensor]) -> dict[str, int]:
-        """Rank 0 makes the folder; all ranks tell the bytes that they hold of each tensor."""
-        if self._rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not self._swept:
-                # Here, not in the constructor: an evaluation that reads the folder of a live run must not remove what that run is writing.
-                for left in self.folder.glob("step-*.tmp"):
-                    shutil.rmtree(left)
-                self._swept = True
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-        return {name: (t.to_local() if isinstance(t, DTensor) else t).nbytes for name, t in staged.items()}
+    def _prepare(self, temporary: Path) -> None:
+        if self._rank != 0:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self._swept:
+            # Here, not in the constructor: an evaluation that reads the folder of a live run must not remove what that run is writing.
+            for left in self.folder.glob("step-*.tmp"):
+                shutil.rmtree(left)
+            self._swept = True
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
 
     def _finish(self, final: Path, step: int, text: str, files: dict[str, dict[str, Any]]) -> None:
         """Rank 0: manifest, rename, retention. Every tensor file is on disk by now."""
@@ -288,16 +291,35 @@ class Checkpoints:
 
 
 class _Writer(dcp.HuggingFaceStorageWriter):
-    """DCP's safetensors writer that knows the names of the files of this rank."""
+    """DCP's safetensors writer but for the writing itself: the library builds each file in memory while it holds the interpreter's lock, which
+    stops the training thread for seconds."""
 
-    def __init__(self, path: Path, file_of_name: dict[str, int]) -> None:
-        super().__init__(str(path), fqn_to_index_mapping=file_of_name, save_distributed=True)
-        self.per_thread_copy_ahead = 0  # all is in host memory already; copying ahead would open GPU 0 from every rank's writing thread
-        self.files: set[str] = set()
+    def __init__(self, path: Path, rank: int) -> None:
+        super().__init__(str(path), save_distributed=True)
+        self._folder, self._file_prefix = path, f"rank{rank:05d}"
+        self.files: dict[str, dict[str, Any]] = {}
+        """Name -> size and sha256 of the files of this rank."""
 
-    def write_data(self, plan: Any, planner: Any) -> Any:
-        future = super().write_data(plan, planner)
-        self.files = {result.storage_data.relative_path for result in future.value()}
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results = []
+        for number, items in enumerate(_by_file(plan.items), 1):
+            name = f"{self._file_prefix}-{number:03d}.safetensors"
+            path = self._folder / name
+            offsets = {item.index.fqn: {"saved_offsets": list(item.tensor_data.chunk.offsets)} for item in items}
+            # The names that dcp.HuggingFaceStorageReader looks for.
+            header = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
+            try:
+                save_file({item.index.fqn: planner.resolve_data(item) for item in items}, path, metadata=header)
+            except SafetensorError as error:
+                # The library keeps the system's error as text.
+                system = re.search(r"\(os error (\d+)\)", str(error))
+                raise (OSError(int(system[1]), os.strerror(int(system[1])), str(path)) if system else error) from None
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            self.files[name] = _entry(path)
+            results += [WriteResult(item.index, item.tensor_storage_size() or 0, name) for item in items]
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
         return future
 
 
@@ -463,19 +485,19 @@ def _stage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return staged
 
 
-def _file_of_each_name(sizes: list[dict[str, int]]) -> dict[str, int]:
-    """Name -> number of the file it goes to, the same on all ranks; no rank's file is larger than a bound (or than one tensor)."""
-    largest: dict[str, int] = {}
-    for part in sizes:
-        for name, size in part.items():
-            largest[name] = max(size, largest.get(name, 0))
-    number, used, file_of = 1, 0, {}
-    for name, size in largest.items():
-        if used and used + size > _MAX_FILE_BYTES:
-            number, used = number + 1, 0
-        file_of[name] = number
+def _by_file(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
+    """Split in order, so that no file is larger than a bound (or than one tensor)."""
+    part: list[WriteItem] = []
+    used = 0
+    for item in items:
+        size = item.tensor_storage_size() or 0
+        if part and used + size > _MAX_FILE_BYTES:
+            yield part
+            part, used = [], 0
+        part.append(item)
         used += size
-    return file_of
+    if part:
+        yield part
 
 
 def _shares(files: dict[str, dict[str, Any]], ranks: int) -> list[list[str]]:

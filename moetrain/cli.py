@@ -9,6 +9,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
 
 from moetrain import config as schema
 from moetrain.config import Config, ConfigError
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(error: Exception, status: int) -> int:
     if os.environ.get("MOETRAIN_TRACEBACK"):
         raise error
-    rank = f" rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    rank = f" rank {os.environ.get('RANK')}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
@@ -106,14 +109,17 @@ def _read(command: str, words: list[str]) -> Config:
         else:
             rest.append(word)
     overrides = schema.parse_overrides(rest)
+    from moetrain.build import model_from
+
+    whole = False
     if path is None and command in ("eval", "generate", "export"):
         # A run knows its own config.
         runs = [value for key, value in overrides if key == "run_dir"]
         if runs and (Path(runs[-1]) / "config.yaml").is_file():
             path = str(Path(runs[-1]) / "config.yaml")
-    from moetrain.build import model_from
-
-    return schema.load_config(path, overrides, model_from=model_from)
+            # Its model section is whole, and the folder that it started from may be gone.
+            whole = all(key != "init_from" for key, _ in overrides)
+    return schema.load_config(path, overrides, model_from=None if whole else model_from)
 
 
 def _usage() -> str:
@@ -141,17 +147,27 @@ def _help(command: str) -> str:
     for name in [*top, *(["resume"] if command == "train" else [])]:
         lines.append(_option(name, Config.model_fields[name]))
     for section in _SECTIONS.get(command, []):
-        for cls, _ in schema._sections(Config.model_fields[section].annotation):
-            lines += [_option(f"{section}.{name}", field) for name, field in cls.model_fields.items()]
+        lines += _options(section, Config.model_fields[section])
     if command == "train":
         lines.append("  --model.*: the architecture; see `moetrain config --schema`")
     return "\n".join(lines)
 
 
-def _option(name: str, field: object) -> str:
-    default = getattr(field, "default", None)
-    shown = " (required)" if field.is_required() else f" (default {default})" if isinstance(default, (int, float, str)) else ""  # type: ignore[attr-defined]
-    return f"  --{name}{shown}" + (f"\n      {field.description}" if field.description else "")  # type: ignore[attr-defined]
+def _options(name: str, field: FieldInfo) -> list[str]:
+    sections = schema._sections(field.annotation)
+    if len(sections) != 1 or sections[0][1]:
+        # An option, a list of sections (its entries are --data.train.0.path), or a choice of sections by their type.
+        return [_option(name, field)]
+    return [line for key, inner in sections[0][0].model_fields.items() for line in _options(f"{name}.{key}", inner)]
+
+
+def _option(name: str, field: FieldInfo) -> str:
+    default = field.default
+    notes = ["required"] if field.is_required() else [f"default {default}"] if isinstance(default, (int, float, str)) and default != "" else []
+    notes += ["one of " + ", ".join(map(str, get_args(field.annotation)))] if get_origin(field.annotation) is Literal else []
+    notes += [f"a list of {', '.join(cls.model_fields)}" for cls, in_list in schema._sections(field.annotation) if in_list]
+    text = f"  --{name}" + (f" ({'; '.join(notes)})" if notes else "")
+    return text + (f"\n      {field.description}" if field.description else "")
 
 
 # -------------------------------------------------------------------------------------------------------------------- commands

@@ -81,8 +81,8 @@ class SigmoidSteRouter(_Section):
     """Eq. 18 as printed pushes the gates above the threshold (active); `all` pushes every gate."""
     target_active: PositiveFloat | None = None
     """Mean routes per token to hold by adapting the sparsity coefficient; null keeps the coefficient."""
-    controller_factor: Annotated[float, Field(gt=1)] = 1.2
-    """Largest factor by which the controller changes the coefficient in a step (ReMoE's alpha)."""
+    controller_factor: Annotated[float, Field(gt=1)] = 1.05
+    """Largest factor by which the controller changes the coefficient in a step (ReMoE has 1.2, with 500 times the tokens per step)."""
     bias: bool = False
     """Router bias; the paper has none. It keeps its training without weight decay."""
     bias_init: float = 0.0
@@ -367,9 +367,9 @@ class ExportConfig(_Section):
 class Config(_Section):
     """The whole file. A command reads the sections it needs and says which is missing."""
 
-    run_dir: str = "runs/default"
+    run_dir: Annotated[str, Field(min_length=1)] = "runs/default"
     """Checkpoints, metrics and the resolved config of a training run; eval, generate and export read from it."""
-    init_from: str | None = None
+    init_from: Annotated[str | None, Field(min_length=1)] = None
     """Hugging Face folder (dense, upcycled or exported) with the start weights; null: random. Its config is the default of `model`."""
     resume: bool = True
     """Go on from the newest whole checkpoint in run_dir; false refuses a run_dir that has one."""
@@ -407,15 +407,19 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+# PyYAML writes U+0085 and its like bare, where they would be read as ends of lines; between double quotes it escapes them.
+_Dumper.add_representer(str, lambda d, v: d.represent_scalar("tag:yaml.org,2002:str", v, style=None if v.isprintable() else '"'))
 _Dumper.add_representer(float, lambda d, v: d.represent_scalar("!number", repr(v)))
 _Dumper.add_representer(int, lambda d, v: d.represent_scalar("!number", str(v)))
 
 
 def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
     text = node.value.replace("_", "").lower()
-    if re.fullmatch(r"[-+]?\d+", text):
+    if re.fullmatch(r"[-+]?\d+", text) and len(text) < 1000:  # Python's int() refuses thousands of digits
         return int(text)
     value = float(text.replace(".inf", "inf").replace(".nan", "nan"))
+    if math.isinf(value) and "inf" not in text:
+        raise yaml.constructor.ConstructorError(None, None, f"the number {_short(node.value)} is too large", node.start_mark)
     # 1e6 is a whole number; 3.0 stays a float, since whoever writes the point means one.
     return int(value) if "." not in text and "n" not in text and value == int(value) else value
 
@@ -450,7 +454,9 @@ def parse_yaml(text: str, where: str) -> Any:
 def _apply_override(tree: dict[str, Any], key: str, text: str) -> None:
     node: Any = tree
     parts = key.split(".")
-    value = parse_yaml(text, f"--{key}") if text != "" else ""
+    # Text stands for itself: the prompt `def main():` would be a mapping in YAML, the folder 2024 a number.
+    kind = _keys(Config).get(_generic(parts))
+    value = text if text == "" or kind is str or (kind == str | None and text != "null") else parse_yaml(text, f"--{key}")
     for i, part in enumerate(parts):
         last = i == len(parts) - 1
         if isinstance(node, list):
@@ -522,9 +528,24 @@ def load_config(
             raise ConfigError(f"config {where}: must be a mapping of sections, found {type(tree).__name__}")
     for key, value in overrides:
         _apply_override(tree, key, value)
-    if model_from is not None and isinstance(tree.get("init_from"), str) and not isinstance(tree.get("model", {}), str):
-        tree["model"] = _merge(model_from(tree["init_from"]), tree.get("model") or {})
+    given, folder = tree.get("model") or {}, tree.get("init_from")
+    if model_from is not None and isinstance(folder, str) and folder and isinstance(given, dict):
+        tree["model"] = _merge(model_from(folder), given)
+        _forget_idle(tree["model"], given)
     return config_from_dict(tree, where)
+
+
+def _forget_idle(model: dict[str, Any], given: dict[str, Any]) -> None:
+    """Drop the router options of the start weights' folder that the file's own options leave without effect: the user never wrote them."""
+    path = ("moe", "router")
+    for key in path:
+        model, given = (node.get(key) if isinstance(node, dict) else None for node in (model, given))
+    try:
+        router = SigmoidSteRouter.model_validate(model)
+    except ValidationError:
+        return
+    for name in _idle(router) - set(given or {}):
+        model.pop(name, None)
 
 
 def config_from_dict(tree: dict[str, Any], where: str = "given") -> Config:
@@ -549,6 +570,8 @@ def _explain(item: Any) -> str:
     location = [str(p) for i, p in enumerate(item["loc"]) if i == 0 or item["loc"][i - 1] != "router"]
     name = ".".join(location) or "config"
     kind, value = item["type"], item.get("input")
+    if kind == "model_type":
+        return f"{name}: must be a section with keys of its own, found {_short(value)}"
     if kind == "extra_forbidden":
         known = sorted(_keys(Config))
         close = difflib.get_close_matches(location[-1], [k.rsplit(".", 1)[-1] for k in known if k.rpartition(".")[0] == _generic(location[:-1])], 1, 0.5)
@@ -572,11 +595,11 @@ def _generic(location: Sequence[str]) -> str:
     return ".".join("*" if p.isdigit() else p for p in location)
 
 
-def _keys(cls: type[BaseModel], prefix: str = "") -> set[str]:
-    """All dotted keys of a section; '*' stands for a place in a list."""
-    found: set[str] = set()
+def _keys(cls: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """All dotted keys of a section and their types, without bounds; '*' stands for a place in a list."""
+    found: dict[str, Any] = {}
     for name, field in cls.model_fields.items():
-        found.add(prefix + name)
+        found[prefix + name] = field.annotation
         for inner, is_list in _sections(field.annotation):
             found |= _keys(inner, f"{prefix}{name}{'.*' if is_list else ''}.")
     return found
@@ -608,16 +631,21 @@ def check(config: Config) -> list[str]:
             bad.append(f"train.schedule.warmup_steps ({schedule.warmup_steps}) is more than train.steps ({train.steps})")
         if schedule.decay_steps and schedule.type != "wsd":
             bad.append(f"train.schedule.decay_steps ({schedule.decay_steps}) has an effect only with type: wsd, not {schedule.type}")
+        if schedule.type == "constant" and "min_lr_ratio" in schedule.model_fields_set:
+            bad.append(f"train.schedule.min_lr_ratio ({schedule.min_lr_ratio}) has no effect with type: constant")
         if schedule.type == "wsd" and not schedule.decay_steps:
             bad.append("train.schedule.decay_steps: type wsd needs the number of steps of its decay")
         if schedule.type == "wsd" and schedule.warmup_steps + schedule.decay_steps > train.steps:
             bad.append(
                 f"train.schedule: warmup_steps ({schedule.warmup_steps}) + decay_steps ({schedule.decay_steps}) is more than train.steps ({train.steps})"
             )
+        for name in ("router_lr", "expert_lr"):
+            if model is not None and model.moe is None and getattr(train, name) is not None:
+                bad.append(f"train.{name} ({getattr(train, name)}) has an effect only with model.moe: a dense model has neither routers nor experts")
         if train.eval_every and not data.eval:
             bad.append(f"train.eval_every ({train.eval_every}) needs at least one set in data.eval")
-        if model is not None and data.seq_len > model.max_position_embeddings:
-            bad.append(f"data.seq_len ({data.seq_len}) is more than model.max_position_embeddings ({model.max_position_embeddings})")
+    if (data.train or data.eval) and model is not None and data.seq_len > model.max_position_embeddings:
+        bad.append(f"data.seq_len ({data.seq_len}) is more than model.max_position_embeddings ({model.max_position_embeddings})")
     weights = [s.weight is not None for s in data.train]
     if any(weights) and not all(weights):
         bad.append("data.train: give a weight to every source or to none; missing for " + ", ".join(s.name for s in data.train if s.weight is None))
@@ -650,6 +678,10 @@ def _check_model(model: ModelConfig, parallel: ParallelConfig, bad: list[str]) -
         for name in wanted[scaling.type]:
             if getattr(scaling, name) is None:
                 bad.append(f"model.rope_scaling.{name}: missing; type {scaling.type} needs it")
+        read = {"type", "factor", *wanted[scaling.type], *(("beta_fast", "beta_slow", "attention_factor") if scaling.type == "yarn" else ())}
+        for name in RopeScaling.model_fields:
+            if name not in read and getattr(scaling, name) is not None:
+                bad.append(f"model.rope_scaling.{name} ({getattr(scaling, name)}) has no effect with type: {scaling.type}")
     if model.moe is None:
         if parallel.ep > 1:
             bad.append(f"parallel.ep ({parallel.ep}) needs model.moe: a dense model has no experts to share; use dp_shard")
@@ -733,27 +765,36 @@ def check_world(config: Config, world_size: int) -> ParallelConfig:
 
 def to_yaml(config: BaseModel) -> str:
     """The resolved config, every default written out, as YAML that `load_config` reads back to an equal config."""
-    return yaml.dump(_drop_inert(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(_drop_idle(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _drop_inert(value: Any) -> Any:
+def _drop_idle(value: Any) -> Any:
     # An option that only counts beside another one would be refused when read back as if the user had set it; it says nothing, so leave it out.
     if isinstance(value, BaseModel):
-        inert: set[str] = set()
-        if isinstance(value, SigmoidSteRouter):
-            inert |= set() if value.ste == "sampled" else {"probe_rate"}
-            inert |= set() if value.bias else {"bias_init"}
-            inert |= set() if value.target_active is not None else {"controller_factor"}
-            inert |= set() if value.rescale == "count" else {"rescale_gradient", "rescale_in_eval"}
-        return {k: _drop_inert(getattr(value, k)) for k in type(value).model_fields if k not in inert}
+        idle = _idle(value)
+        return {k: _drop_idle(getattr(value, k)) for k in type(value).model_fields if k not in idle}
     if isinstance(value, list):
-        return [_drop_inert(v) for v in value]
+        return [_drop_idle(v) for v in value]
     return value
+
+
+def _idle(section: BaseModel) -> set[str]:
+    """Options of a section that have no effect beside its others; `check` refuses one that is given."""
+    idle: set[str] = set()
+    if isinstance(section, SigmoidSteRouter):
+        idle |= set() if section.ste == "sampled" else {"probe_rate"}
+        idle |= set() if section.bias else {"bias_init"}
+        idle |= set() if section.target_active is not None else {"controller_factor"}
+        idle |= set() if section.rescale == "count" else {"rescale_gradient", "rescale_in_eval"}
+    if isinstance(section, ScheduleConfig):
+        idle |= {"min_lr_ratio"} if section.type == "constant" else set()
+        idle |= set() if section.type == "wsd" else {"decay_steps"}
+    return idle
 
 
 def to_dict(config: BaseModel) -> dict[str, Any]:
     """As `to_yaml`, as plain dicts and lists."""
-    return _drop_inert(config)
+    return _drop_idle(config)
 
 
 def schema() -> str:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain import config as schema
+from moetrain.attention import describe_backends
 from moetrain.build import DTYPES, build_model, need
 from moetrain.checkpoint import Checkpoints
 from moetrain.config import Config, ConfigError, ScheduleConfig, check_world
@@ -119,6 +120,26 @@ class Trainer:
             self.metrics.event("fallback", step=step, reason=reason)
         if self.step:
             self.metrics.event("resume", step=self.step, ranks=self.world)
+        if console and self.rank == 0:
+            print(self.describe(), flush=True)
+
+    def describe(self) -> str:
+        """What runs and what it runs on, in a few lines: printed once at the start."""
+        model, train, layout = self.model_config, self.train_config, self.parallel
+        experts = f", {model.moe.num_experts} experts per layer" if model.moe else ""
+        used = next(f"{name} ({why})" for name, why in describe_backends() if why.startswith("used"))
+        unused = "; ".join(f"{name}: {why}" for name, why in describe_backends() if not why.startswith("used"))
+        grouped = self.device.type == "cuda" and train.dtype == "bfloat16"
+        lines = [
+            f"{model.num_params() / 1e6:.2f}M parameters{experts}, {train.dtype}, "
+            + (f"going on from step {self.step}" if self.step else f"from {self.config.init_from or 'random weights'}"),
+            f"{self.world} ranks on {self.device.type} = dp_replicate {layout.dp_replicate} x dp_shard {layout.dp_shard} x ep {layout.ep}; "
+            f"{train.global_batch_size} samples of {self.config.data.seq_len} tokens per step",
+            f"attention: {used}" + (f"; not {unused}" if unused else ""),
+        ]
+        if model.moe:
+            lines.append("experts: " + ("grouped_mm" if grouped else "a GEMM per expert (grouped_mm is for bfloat16 on CUDA)"))
+        return "\n".join(lines)
 
     def _together(self, read: Any) -> Any:
         """Rank 0's answer, on all ranks: they may see a shared folder at different moments."""

@@ -34,7 +34,7 @@ def run(function: Callable[..., Any], world: int, *args: Any, timeout: float = 1
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.fsdp", "moetrain.ops"])
+    context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.fsdp", "torch._dynamo", "moetrain.ops"])
     results = context.Queue()
     processes = [context.Process(target=_enter, args=(r, function, world, port, args, results), daemon=True) for r in range(world)]
     for p in processes:

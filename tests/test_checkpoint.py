@@ -310,11 +310,11 @@ def _edit(folder: Path, change) -> None:
     path.write_text(json.dumps(manifest))
 
 
-SHARD = "shard-00001-model-00001-of-00001.safetensors"
+SHARD = "rank00000-001.safetensors"
 
 
 def _rename_shard(folder: Path) -> None:
-    (folder / SHARD).rename(folder / "shard-00009.safetensors")
+    (folder / SHARD).rename(folder / "rank00009-001.safetensors")
 
 
 def _escape(folder: Path) -> None:
@@ -342,7 +342,7 @@ DAMAGE = {
     "missing meta": (lambda f: (f / "meta.json").unlink(), "meta.json is missing"),
     "extra": (lambda f: shutil.copy(f / SHARD, f / "more.safetensors"), "more.safetensors is not in manifest.json"),
     "extra, hidden": (lambda f: shutil.copy(f / SHARD, f / ".more.safetensors"), ".more.safetensors is not in manifest.json"),
-    "renamed": (_rename_shard, "shard-00009.safetensors is not in manifest.json"),
+    "renamed": (_rename_shard, "rank00009-001.safetensors is not in manifest.json"),
     "a link": (_link, f"{SHARD} is no regular file"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
     "manifest cut": (lambda f: os.truncate(f / "manifest.json", 50), "manifest.json is not JSON"),
@@ -438,7 +438,7 @@ def _damage_and_share(rank, world, folder):
         store.save(step, _on_mesh((1, world), _values(step)), {"step": step})
     store.wait()
     if rank == 0:
-        _flip(folder / "step-00000003" / f"shard-{world:05d}-model-00001-of-00001.safetensors")
+        _flip(folder / "step-00000003" / f"rank{world - 1:05d}-001.safetensors")
     dist.barrier()
     tensors = _on_mesh((1, world), _zeros())
     with warnings.catch_warnings(record=True) as caught:

@@ -17,7 +17,7 @@ class BudgetController:
     `BAND`, limited to [-1, 1]: far from the target that is ReMoE's rule, near it the coefficient settles instead of swinging around it.
     """
 
-    BAND = 0.1
+    BAND = 0.3
     LIMITS = (1e-12, 1e6)
 
     target: float

@@ -1,0 +1,603 @@
+"""The schema: what people write is read as they mean it, what can't work is refused with the field's name, what is printed reads back, and the
+sizes that are computed from a config are those of the model that is built from it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from moetrain import config as schema
+from moetrain.config import Config, ConfigError, ModelConfig, check_world, config_from_dict, load_config, parse_overrides, parse_yaml, to_yaml
+from moetrain.model import Transformer, init_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def model(**changes: Any) -> dict[str, Any]:
+    return {"vocab_size": 50, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "intermediate_size": 16, "max_position_embeddings": 64, **changes}
+
+
+def moe(router: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    return model(moe={"num_experts": 8, "expert_dim": 6, "router": router or {"type": "sigmoid_ste"}}, **changes)
+
+
+def train(**changes: Any) -> dict[str, Any]:
+    return {"steps": 10, "global_batch_size": 8, "micro_batch_size": 2, **changes}
+
+
+def error(tree: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict(tree)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3e-4", 3e-4), ("3E-4", 3e-4), ("1e6", 1_000_000), ("1_000", 1000), ("-1", -1), ("+2", 2), (".5", 0.5), ("1.", 1.0), ("2.0", 2.0), ("010", 10),
+        ("1.5e3", 1500.0), ("no", "no"), ("on", "on"), ("Yes", "Yes"), ("12:30", "12:30"), ("1:2:3", "1:2:3"), ("2026-11-20", "2026-11-20"),
+        ("0x10", "0x10"), ("1e", "1e"), ("1-2", "1-2"), ("_1", "_1"), ("'3e-4'", "3e-4"), ("true", True), ("False", False), ("null", None), ("~", None),
+        ("", None), ("[1, 2.5, a]", [1, 2.5, "a"]), ("9007199254740993", 9007199254740993),
+    ],
+)  # fmt: skip
+def test_values(text: str, value: Any) -> None:
+    """Numbers are numbers however they are written; nothing else turns into something it does not look like."""
+    found = parse_yaml(f"a: {text}", "here")["a"]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a: 1\nb: 2\na: 3", "line 3, column 1: not valid YAML: key 'a' is given twice"),
+        ("a: {b: 1, b: 2}", "key 'b' is given twice"),
+        ("a: [1, 2", "line 1"),
+        ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
+        ("a: &x [*x]", "recursive"),
+        ("? [1]\n: 2", "a key must be a word"),
+        ("a: 1e400", "the number '1e400' is too large"),
+        ("a: " + "9" * 5000, "too large"),
+        ("a: " + "[" * 3000 + "]" * 3000, "not valid YAML"),
+        ("a: \x00", "not valid YAML"),
+        ("--- 1\n--- 2", "not valid YAML"),
+    ],
+)  # fmt: skip
+def test_not_yaml(text: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=r"^here") as caught:
+        parse_yaml(text, "here")
+    assert problem in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_all_errors_at_once_with_the_nearest_key() -> None:
+    message = error(
+        {
+            "train": train(step=5, lr="3e-4", dtype="fp8", schedule={"type": "cosin"}) | {"micro_batch_size": 0},
+            "modle": {},
+            "data": {"train": [{"name": "a"}], "seqlen": 4},
+            "model": moe({"type": "top_k"}),
+            "parallel": {"ep": True},
+            "lr": 3e-4,
+            "log": 3,
+        }
+    )
+    lines = message.splitlines()
+    assert lines[0] == "config given: 12 errors" and len(lines) == 13
+    for part in (
+        "train.step: unknown key; did you mean train.steps?",
+        "train.lr: input should be a valid number, found '3e-4'",
+        "train.dtype: input should be 'float32', 'bfloat16' or 'float64', found 'fp8'",
+        "train.schedule.type: input should be 'cosine', 'wsd' or 'constant', found 'cosin'",
+        "train.micro_batch_size: input should be greater than 0, found 0",
+        "modle: unknown key; did you mean model?",
+        "data.train.0.path: missing; it has no default",
+        "data.seqlen: unknown key; did you mean data.seq_len?",
+        "model.moe.router.type: found 'top_k'; one of sigmoid_ste, topk",
+        "parallel.ep: input should be a valid integer, found True",
+        "lr: unknown key; did you mean train.lr?",
+        "log: must be a section with keys of its own, found 3",
+    ):
+        assert f"  {part}" in lines
+    assert "model.moe.router.threshhold: unknown key; did you mean model.moe.router.threshold?" in error(
+        {"model": moe({"type": "sigmoid_ste", "threshhold": 0.5})}
+    )
+    assert "zzzzqqq: unknown key; `moetrain config --schema` lists all keys" in error({"zzzzqqq": 1})
+    assert "train.steps: input should be a valid integer, found 10.0" in error({"train": train(steps=10.0)})
+
+
+def test_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "run_dir: a\n"
+        "train: {steps: 10, global_batch_size: 8, micro_batch_size: 2, lr: 1e-3}\n"
+        "data: {train: [{name: x, path: p}, {name: y, path: q}]}\n"
+    )
+    words = ["--train.lr", "3e-4", "--train.schedule.warmup_steps=3", "--data.train.1.path", "r", "--resume=false", "--data.eval", "[{name: e, path: f}]"]
+    words += ["--parallel.dp_shard", "-1", "--train.grad_clip=null", "--generate.prompt", "def f(): # x", "--run_dir", "2024", "--init_from=null"]
+    config = load_config(file, parse_overrides(words))
+    assert config.train.lr == 3e-4 and config.train.steps == 10 and config.train.schedule.warmup_steps == 3 and config.train.grad_clip is None
+    assert [s.path for s in config.data.train] == ["p", "r"] and config.data.eval[0].name == "e" and config.resume is False
+    # Text is taken as it stands, though it would be a mapping, a number or a comment in YAML.
+    assert config.generate.prompt == "def f(): # x" and config.run_dir == "2024" and config.init_from is None
+    assert load_config(None, parse_overrides(["--generate.prompt=--x=1", "--run_dir=a=b"])).generate.prompt == "--x=1"
+    assert load_config(None, parse_overrides(["--generate.prompt", ""])).generate.prompt == ""
+    for words, problem in (
+        (["train.lr", "1"], "unexpected argument 'train.lr'; an override is --section.key VALUE"),
+        (["--train.lr"], "--train.lr: a value is missing"),
+        (["--train.lr", "--resume", "false"], "--train.lr: a value is missing"),
+        (["--train.lr", "[1"], "--train.lr line 1"),
+        (["--train.lr.x", "1"], "--train.lr.x: train.lr is a value, not a section"),
+        (["--data.train.2.path", "p"], "--data.train.2.path: data.train is a list of 2; '2' is no place in it"),
+        (["--data.train.first.path", "p"], "'first' is no place in it"),
+        (["--train.rl", "1"], "train.rl: unknown key; did you mean train.lr?"),
+        (["--=1"], ": unknown key"),
+        (["--train.lr", "1_e"], "train.lr: input should be a valid number, found '1_e'"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(problem)):
+            load_config(file, parse_overrides(words))
+
+
+def test_model_of_the_start_weights_is_the_default(tmp_path: Path) -> None:
+    """Keys of the file are laid on the folder's model; another type of router replaces the folder's whole; nothing that a user did not write
+    is held against him."""
+    router = {"type": "sigmoid_ste", "target_active": 3.0, "controller_factor": 1.5, "ste": "sampled", "probe_rate": 0.5}
+    read = {"folder": moe(router)}
+
+    def load(tree: dict[str, Any]) -> ModelConfig:
+        file = tmp_path / "c.yaml"
+        file.write_text(json.dumps({"init_from": "folder", **tree}))
+        return load_config(file, model_from=lambda folder: json.loads(json.dumps(read[folder]))).model
+
+    assert load({}).moe.router.controller_factor == 1.5
+    assert load({"model": {"moe": {"router": {"threshold": 0.25}}}}).moe.router.target_active == 3.0
+    changed = load({"model": {"moe": {"router": {"target_active": None, "ste": "exact"}}}})
+    assert changed.moe.router.target_active is None and changed.hidden_size == 8
+    assert load({"model": {"moe": {"router": {"type": "topk", "top_k": 2}}}}).moe.router.top_k == 2
+    with pytest.raises(ConfigError, match="probe_rate .* only with ste: sampled"):
+        load({"model": {"moe": {"router": {"ste": "exact", "probe_rate": 0.5}}}})
+    for wrong in ("x", 3, [1]):
+        with pytest.raises(ConfigError, match="model: must be a section"):
+            load({"model": wrong})
+
+
+# ------------------------------------------------------------------------------------------------------------- round trip
+
+_text = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
+_positive = st.floats(0, exclude_min=True, allow_nan=False, allow_infinity=False)
+_count = st.integers(1, 10**12)
+
+
+def _some(**fields: st.SearchStrategy) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({}, optional=fields)
+
+
+@st.composite
+def _sigmoid(draw: st.DrawFn) -> dict[str, Any]:
+    router = draw(
+        _some(
+            threshold=st.floats(0, 1, exclude_min=True, exclude_max=True), zero_routes=st.sampled_from(["skip", "top1"]), sparsity_coef=_positive,
+            sparsity_on=st.sampled_from(["active", "all"]), init_std=_positive, input=st.sampled_from(["normed", "residual"]),
+        )
+    )  # fmt: skip
+    dependent = [
+        ({"ste": "sampled"}, {"probe_rate": st.floats(0, 1, exclude_min=True)}),
+        ({"bias": True}, {"bias_init": st.floats(allow_nan=False, allow_infinity=False)}),
+        ({"target_active": draw(st.floats(0.5, 8))}, {"controller_factor": st.floats(1, 9, exclude_min=True)}),
+        ({"rescale": "count"}, {"rescale_in_eval": st.booleans(), "rescale_gradient": st.sampled_from(["detached", "straight_through"])}),
+    ]
+    for switch, options in dependent:
+        if draw(st.booleans()):
+            router |= switch | draw(_some(**options))
+    if draw(st.booleans()) and not {"rescale", "rescale_in_eval", "rescale_gradient"} & router.keys():
+        router["rescale"] = "none"
+    return {"type": "sigmoid_ste", **router}
+
+
+_topk = st.fixed_dictionaries(
+    {"type": st.just("topk"), "top_k": st.integers(1, 8)},
+    optional={"normalize": st.booleans(), "output_scale": _positive, "balance_coef": _positive, "z_coef": _positive, "init_std": _positive},
+)
+_rope = st.one_of(
+    st.fixed_dictionaries({"type": st.just("linear"), "factor": _positive}),
+    st.fixed_dictionaries(
+        {"type": st.just("llama3"), "factor": _positive, "low_freq_factor": _positive, "high_freq_factor": _positive, "original_max_position_embeddings": _count}
+    ),
+    st.fixed_dictionaries(
+        {"type": st.just("yarn"), "factor": _positive, "original_max_position_embeddings": _count},
+        optional={"beta_fast": _positive, "beta_slow": _positive, "attention_factor": _positive},
+    ),
+)
+_schedule = st.one_of(
+    _some(type=st.just("cosine"), warmup_steps=st.integers(0, 5), min_lr_ratio=st.floats(0, 1)),
+    st.fixed_dictionaries({"type": st.just("constant")}, optional={"warmup_steps": st.integers(0, 5)}),
+    st.fixed_dictionaries({"type": st.just("wsd"), "decay_steps": st.integers(1, 5)}, optional={"min_lr_ratio": st.floats(0, 1)}),
+)
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> dict[str, Any]:
+    """What a user might write, valid by construction."""
+    tree = draw(_some(run_dir=_text, init_from=st.none() | _text, resume=st.booleans()))
+    sources = st.lists(st.fixed_dictionaries({"name": _text, "path": _text}), max_size=3, unique_by=lambda s: s["name"])
+    data = draw(_some(train=sources, eval=sources, isolate_documents=st.booleans(), prefetch=st.integers(0, 9), temperature=st.none() | st.floats(0, 1)))
+    if data.get("train") and data.get("temperature") is None and draw(st.booleans()):
+        data["train"] = [{**s, "weight": draw(_positive)} for s in data["train"]]
+    tree["data"] = {**data, "seq_len": draw(st.integers(2, 64))}
+    if draw(st.booleans()):
+        mixture = draw(st.none() | st.one_of(_sigmoid(), _topk))
+        tree["model"] = model(**draw(_some(rope_theta=_positive, rope_scaling=st.none() | _rope, norm_eps=_positive, init_std=_positive, qk_norm=st.booleans())))
+        tree["model"] |= draw(_some(tie_embeddings=st.booleans(), qkv_bias=st.booleans(), o_bias=st.booleans(), num_kv_heads=st.sampled_from([None, 1, 2])))
+        if draw(st.booleans()):
+            tree["model"] |= {"sliding_window": draw(_count), **draw(_some(sliding_layers=st.none() | st.lists(st.integers(0, 1))))}
+        if mixture is not None:
+            tree["model"]["moe"] = {"num_experts": 8, "expert_dim": draw(_count), "router": mixture}
+    if draw(st.booleans()):
+        tree["train"] = train(
+            **draw(_some(lr=_positive, schedule=_schedule, grad_clip=st.none() | _positive, seed=st.integers(0, 2**62), eps=_positive, beta1=st.floats(0, 0.99)))
+        )
+    tree |= draw(
+        _some(
+            log=_some(every=_count, wandb_name=st.none() | _text, wandb_project=_text),
+            prepare=st.fixed_dictionaries({"inputs": st.lists(_text, min_size=1, max_size=3), "output": _text}, optional={"exclude": st.lists(_text), "text_key": _text}),
+            upcycle=st.fixed_dictionaries({"dense": _text, "output": _text}, optional={"router": st.none() | _sigmoid()}),
+            generate=_some(prompt=st.text(st.characters(codec="utf-8"), max_size=40), temperature=_positive),
+            checkpoint=_some(every=st.none() | _count, keep_every=st.none() | _count, asynchronous=st.booleans()),
+            eval=_some(sequences=st.none() | _count, output=st.none() | _text),
+        )
+    )  # fmt: skip
+    return tree
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(trees())
+def test_resolved_yaml_reads_back_to_an_equal_config(tree: dict[str, Any]) -> None:
+    config = config_from_dict(tree)
+    text = to_yaml(config)
+    again = config_from_dict(parse_yaml(text, "resolved"))
+    assert again == config and to_yaml(again) == text
+    # As checkpoints and exported folders keep it.
+    assert config_from_dict(json.loads(json.dumps(schema.to_dict(config)))) == config
+
+
+def test_file_reads_back(tmp_path: Path) -> None:
+    config = config_from_dict({"generate": {"prompt": "a\r\nb\tc\u2028 é \\ # : - ' \" null\n"}, "run_dir": "1e3", "log": {"wandb_name": "no"}})
+    (tmp_path / "c.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+# ------------------------------------------------------------------------------------------------------------------- schema
+
+
+def test_json_schema() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    document = json.loads(schema.schema())
+    jsonschema.Draft202012Validator.check_schema(document)
+    validator = jsonschema.Draft202012Validator(document)
+    files = sorted((ROOT / "configs").rglob("*.yaml"))
+    assert files
+    for file in files:
+        tree = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+        found = [e for e in validator.iter_errors(tree) if not _model_is_elsewhere(tree, e)]
+        assert not found, (file, found)
+        validator.validate(json.loads(json.dumps(schema.to_dict(config_from_dict({k: v for k, v in tree.items() if k != "model" or "init_from" not in tree})))))
+        assert not validator.is_valid({**tree, "run_dirr": "x"})
+    for wrong in ({"train": {"step": 1}}, {"model": moe({"type": "topk", "topk": 2})}, {"log": {"every": 0}}, {"resume": "yes"}):
+        assert not validator.is_valid(wrong)
+    # What an editor shows beside a key.
+    assert "by default" not in document["$defs"]["TrainConfig"]["properties"]["micro_batch_size"]["description"]
+    assert document["$defs"]["MoEConfig"]["properties"]["num_experts"]["description"] == "E, over all ranks."
+
+
+def _model_is_elsewhere(tree: dict[str, Any], problem: Any) -> bool:
+    # With init_from the model section only has what differs from the folder's; a schema can't know that.
+    return "init_from" in tree and list(problem.absolute_path)[:1] == ["model"]
+
+
+# --------------------------------------------------------------------------------------------------------- cross-field rules
+
+_OPEN = {"type": "sigmoid_ste"}
+RULES: list[tuple[dict[str, Any], str]] = [
+    ({"parallel": {"dp_shard": 0}}, "parallel.dp_shard: 0 ranks; use -1"),
+    ({"train": train(global_batch_size=7)}, "train.global_batch_size (7) must be a multiple of train.micro_batch_size (2)"),
+    ({"train": train(schedule={"warmup_steps": 11})}, "train.schedule.warmup_steps (11) is more than train.steps (10)"),
+    ({"train": train(schedule={"decay_steps": 3})}, "train.schedule.decay_steps (3) has an effect only with type: wsd, not cosine"),
+    ({"train": train(schedule={"type": "constant", "min_lr_ratio": 0.1})}, "train.schedule.min_lr_ratio (0.1) has no effect with type: constant"),
+    ({"train": train(schedule={"type": "wsd"})}, "train.schedule.decay_steps: type wsd needs"),
+    ({"train": train(schedule={"type": "wsd", "warmup_steps": 6, "decay_steps": 5})}, "warmup_steps (6) + decay_steps (5) is more than train.steps (10)"),
+    ({"train": train(router_lr=1e-3), "model": model()}, "train.router_lr (0.001) has an effect only with model.moe"),
+    ({"train": train(eval_every=5)}, "train.eval_every (5) needs at least one set in data.eval"),
+    ({"model": model(), "data": {"seq_len": 65, "eval": [{"name": "a", "path": "p"}]}}, "data.seq_len (65) is more than model.max_position_embeddings (64)"),
+    ({"data": {"train": [{"name": "a", "path": "p", "weight": 1}, {"name": "b", "path": "q"}]}}, "give a weight to every source or to none; missing for b"),
+    ({"data": {"temperature": 0.5, "train": [{"name": "a", "path": "p", "weight": 1}]}}, "data.temperature (0.5) excludes weights"),
+    ({"data": {"train": [{"name": "a", "path": "p"}] * 2}}, "data.train: the name 'a' is given 2 times"),
+    ({"model": model(num_heads=3)}, "model.hidden_size (8) is no multiple of model.num_heads (3)"),
+    ({"model": model(head_dim=5)}, "model.head_dim (5) must be even"),
+    ({"model": model(num_heads=4, num_kv_heads=3)}, "model.num_heads (4) must be a multiple of model.num_kv_heads (3)"),
+    ({"model": model(sliding_layers=[0])}, "model.sliding_layers has an effect only with model.sliding_window"),
+    ({"model": model(sliding_window=4, sliding_layers=[0, 2])}, "model.sliding_layers: [2] outside 0..1"),
+    ({"model": model(rope_scaling={"type": "yarn", "factor": 2.0})}, "model.rope_scaling.original_max_position_embeddings: missing; type yarn needs it"),
+    ({"model": model(rope_scaling={"type": "linear", "factor": 2.0, "beta_fast": 3.0})}, "model.rope_scaling.beta_fast (3.0) has no effect with type: linear"),
+    ({"model": model(), "parallel": {"ep": 2}}, "parallel.ep (2) needs model.moe"),
+    ({"model": moe(mlp_bias=True)}, "model.mlp_bias: experts have no bias"),
+    ({"model": moe(), "parallel": {"ep": 3}}, "model.moe.num_experts (8) must be a multiple of parallel.ep (3); nearest: 2"),
+    ({"model": moe(), "parallel": {"dp_shard": 3}}, "parallel.dp_shard (3) must divide model.hidden_size (8) and twice model.moe.expert_dim (12)"),
+    ({"model": moe({"type": "topk", "top_k": 9})}, "model.moe.router.top_k (9) is more than model.moe.num_experts (8)"),
+    ({"model": moe({**_OPEN, "probe_rate": 0.5})}, "model.moe.router.probe_rate (0.5) has an effect only with ste: sampled, not exact"),
+    ({"model": moe({**_OPEN, "bias_init": 4.0})}, "model.moe.router.bias_init (4.0) has an effect only with bias: true"),
+    ({"model": moe({**_OPEN, "controller_factor": 1.5})}, "model.moe.router.controller_factor (1.5) has an effect only with target_active"),
+    ({"model": moe({**_OPEN, "target_active": 9.0})}, "model.moe.router.target_active (9.0) is more than num_experts (8)"),
+    ({"model": moe({**_OPEN, "target_active": 2, "sparsity_coef": 0})}, "model.moe.router.sparsity_coef: 0 can't be adapted"),
+    ({"model": moe({**_OPEN, "rescale": "none", "rescale_in_eval": True})}, "rescale_gradient and rescale_in_eval have an effect only with rescale: count"),
+    ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": _OPEN}}, "upcycle.router.type (sigmoid_ste) does not belong to upcycle.method (llama_moe); use topk"),
+    ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": {"type": "topk", "top_k": 9}}}, "upcycle.router.top_k (9) is more than upcycle.num_experts (8)"),
+]  # fmt: skip
+WORLDS: list[tuple[dict[str, Any], int, str]] = [
+    ({"parallel": {"ep": 2}, "model": moe()}, 3, "dp_replicate (1) x ep (2) = 2 does not divide the number of ranks (3); start 4 ranks"),
+    ({"parallel": {"ep": 4}, "model": moe()}, 1, "does not divide the number of ranks (1); start 4 ranks"),
+    ({"parallel": {"dp_shard": 2}}, 3, "dp_replicate (1) x dp_shard (2) x ep (1) = 2, but 3 ranks were started; start 2, or set dp_shard: -1"),
+    ({"train": train(global_batch_size=8)}, 3, "train.global_batch_size (8) must be a multiple of train.micro_batch_size (2) x ranks (3) = 6; nearest: 6"),
+    ({"model": moe()}, 3, "parallel.dp_shard (3) must divide"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tree", "message"), RULES, ids=[m for _, m in RULES])
+def test_rules(tree: dict[str, Any], message: str) -> None:
+    found = error(tree)
+    assert message in found and "\n" not in found
+
+
+@pytest.mark.parametrize(("tree", "world", "message"), WORLDS, ids=[m for *_, m in WORLDS])
+def test_world_rules(tree: dict[str, Any], world: int, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_world(config_from_dict(tree), world)
+    assert message in str(caught.value)
+
+
+def test_worlds_that_fit() -> None:
+    config = config_from_dict({"model": moe(), "train": train(), "parallel": {"dp_replicate": 2, "ep": 2}})
+    assert check_world(config, 4).dp_shard == 1 and config.parallel.dp_shard == -1
+    assert check_world(config_from_dict({}), 5).dp_shard == 5
+
+
+def test_every_rule_has_a_case() -> None:
+    """The messages in the source of the checks, with anything for their placeholders: each is one that a case above brings about."""
+    said = [error(tree) for tree, _ in RULES]
+    for tree, world, _ in WORLDS:
+        with pytest.raises(ConfigError) as caught:
+            check_world(config_from_dict(tree), world)
+        said.append(str(caught.value))
+    source = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
+    rules = 0
+    for function in source.body:
+        if isinstance(function, ast.FunctionDef) and function.name in ("check", "check_world", "_check_model", "_check_sigmoid", "_check_upcycle"):
+            for call in ast.walk(function):
+                if isinstance(call, ast.Call) and ast.unparse(call.func) in ("bad.append", "ConfigError"):
+                    template = _template(call.args[0])
+                    if template == "":
+                        continue  # raises what was collected
+                    rules += 1
+                    assert any(re.search(template, text, re.DOTALL) for text in said), f"config.py:{call.lineno} has no case: {template}"
+    assert rules >= 33
+
+
+def _template(node: ast.expr) -> str:
+    if isinstance(node, ast.Constant):
+        return re.escape(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(re.escape(v.value) if isinstance(v, ast.Constant) else ".*" for v in node.values)
+    if isinstance(node, ast.BinOp):
+        return _template(node.left) + _template(node.right)
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------- every option is read
+
+# Section.option -> (file, expression in it that reads the option).
+READ: dict[str, tuple[str, str]] = {
+    "Config.run_dir": ("train.py", "config.run_dir"),
+    "Config.init_from": ("build.py", "config.init_from"),
+    "Config.resume": ("train.py", "config.resume"),
+    "RopeScaling.type": ("attention.py", "scaling.type"),
+    "RopeScaling.factor": ("attention.py", "scaling.factor"),
+    "RopeScaling.original_max_position_embeddings": ("attention.py", "scaling.original_max_position_embeddings"),
+    "RopeScaling.low_freq_factor": ("attention.py", "scaling.low_freq_factor"),
+    "RopeScaling.high_freq_factor": ("attention.py", "scaling.high_freq_factor"),
+    "RopeScaling.beta_fast": ("attention.py", "scaling.beta_fast"),
+    "RopeScaling.beta_slow": ("attention.py", "scaling.beta_slow"),
+    "RopeScaling.attention_factor": ("attention.py", "scaling.attention_factor"),
+    "SigmoidSteRouter.type": ("moe/routers/__init__.py", "isinstance(config.moe.router, SigmoidSteRouter)"),
+    "SigmoidSteRouter.threshold": ("moe/routers/sigmoid_ste.py", "options.threshold"),
+    "SigmoidSteRouter.ste": ("moe/routers/sigmoid_ste.py", "options.ste"),
+    "SigmoidSteRouter.probe_rate": ("moe/routers/sigmoid_ste.py", "options.probe_rate"),
+    "SigmoidSteRouter.zero_routes": ("moe/routers/sigmoid_ste.py", "options.zero_routes"),
+    "SigmoidSteRouter.rescale": ("moe/routers/sigmoid_ste.py", "options.rescale"),
+    "SigmoidSteRouter.rescale_in_eval": ("moe/routers/sigmoid_ste.py", "options.rescale_in_eval"),
+    "SigmoidSteRouter.rescale_gradient": ("moe/routers/sigmoid_ste.py", "options.rescale_gradient"),
+    "SigmoidSteRouter.sparsity_coef": ("moe/losses.py", "router.sparsity_coef"),
+    "SigmoidSteRouter.sparsity_on": ("moe/routers/sigmoid_ste.py", "options.sparsity_on"),
+    "SigmoidSteRouter.target_active": ("moe/losses.py", "router.target_active"),
+    "SigmoidSteRouter.controller_factor": ("moe/losses.py", "router.controller_factor"),
+    "SigmoidSteRouter.bias": ("moe/routers/sigmoid_ste.py", "options.bias"),
+    "SigmoidSteRouter.bias_init": ("model.py", "getattr(config.moe.router, 'bias_init', 0.0)"),
+    "SigmoidSteRouter.init_std": ("model.py", "router.init_std"),
+    "SigmoidSteRouter.input": ("moe/layer.py", "router.input"),
+    "TopKRouter.type": ("moe/routers/__init__.py", "isinstance(config.moe.router, SigmoidSteRouter)"),
+    "TopKRouter.top_k": ("moe/routers/topk.py", "options.top_k"),
+    "TopKRouter.normalize": ("moe/routers/topk.py", "options.normalize"),
+    "TopKRouter.output_scale": ("moe/routers/topk.py", "options.output_scale"),
+    "TopKRouter.balance_coef": ("moe/losses.py", "router.balance_coef"),
+    "TopKRouter.z_coef": ("moe/losses.py", "router.z_coef"),
+    "TopKRouter.init_std": ("model.py", "router.init_std"),
+    "MoEConfig.num_experts": ("moe/layer.py", "moe.num_experts"),
+    "MoEConfig.expert_dim": ("moe/layer.py", "moe.expert_dim"),
+    "ModelConfig.vocab_size": ("model.py", "config.vocab_size"),
+    "ModelConfig.hidden_size": ("model.py", "config.hidden_size"),
+    "ModelConfig.num_layers": ("model.py", "config.num_layers"),
+    "ModelConfig.num_heads": ("attention.py", "config.num_heads"),
+    "ModelConfig.num_kv_heads": ("attention.py", "config.kv_heads"),
+    "ModelConfig.head_dim": ("attention.py", "config.head_size"),
+    "ModelConfig.intermediate_size": ("model.py", "config.intermediate_size"),
+    "ModelConfig.max_position_embeddings": ("generate.py", "config.max_position_embeddings"),
+    "ModelConfig.rope_theta": ("attention.py", "config.rope_theta"),
+    "ModelConfig.norm_eps": ("model.py", "config.norm_eps"),
+    "ModelConfig.tie_embeddings": ("model.py", "config.tie_embeddings"),
+    "ModelConfig.qkv_bias": ("attention.py", "config.qkv_bias"),
+    "ModelConfig.o_bias": ("attention.py", "config.o_bias"),
+    "ModelConfig.mlp_bias": ("model.py", "config.mlp_bias"),
+    "ModelConfig.qk_norm": ("attention.py", "config.qk_norm"),
+    "ModelConfig.sliding_window": ("attention.py", "config.sliding_window"),
+    "ModelConfig.sliding_layers": ("attention.py", "config.sliding_layers"),
+    "ModelConfig.init_std": ("model.py", "config.init_std"),
+    "Source.name": ("train.py", "Source(s.name, s.path, s.weight)"),
+    "Source.path": ("train.py", "Source(s.name, s.path, s.weight)"),
+    "Source.weight": ("train.py", "Source(s.name, s.path, s.weight)"),
+    "EvalSource.name": ("evaluate.py", "s.name"),
+    "EvalSource.path": ("evaluate.py", "s.path"),
+    "DataConfig.seq_len": ("train.py", "data.seq_len"),
+    "DataConfig.temperature": ("train.py", "data.temperature"),
+    "DataConfig.isolate_documents": ("train.py", "data.isolate_documents"),
+    "DataConfig.prefetch": ("train.py", "data.prefetch"),
+    "PrepareConfig.inputs": ("cli.py", "options.inputs"),
+    "PrepareConfig.output": ("cli.py", "options.output"),
+    "PrepareConfig.tokenizer": ("cli.py", "options.tokenizer"),
+    "PrepareConfig.text_key": ("cli.py", "options.text_key"),
+    "PrepareConfig.extensions": ("cli.py", "options.extensions"),
+    "PrepareConfig.exclude": ("cli.py", "options.exclude"),
+    "PrepareConfig.workers": ("cli.py", "options.workers"),
+    "PrepareConfig.validation_fraction": ("cli.py", "options.validation_fraction"),
+    "PrepareConfig.max_documents": ("cli.py", "options.max_documents"),
+    "PrepareConfig.strict": ("cli.py", "options.strict"),
+    "PrepareConfig.seed": ("cli.py", "options.seed"),
+    "ParallelConfig.dp_replicate": ("parallel/mesh.py", "parallel.dp_replicate"),
+    "ParallelConfig.dp_shard": ("parallel/mesh.py", "parallel.dp_shard"),
+    "ParallelConfig.ep": ("parallel/mesh.py", "parallel.ep"),
+    "ParallelConfig.timeout_seconds": ("train.py", "parallel.timeout_seconds"),
+    "ScheduleConfig.type": ("train.py", "schedule.type"),
+    "ScheduleConfig.warmup_steps": ("train.py", "schedule.warmup_steps"),
+    "ScheduleConfig.min_lr_ratio": ("train.py", "schedule.min_lr_ratio"),
+    "ScheduleConfig.decay_steps": ("train.py", "schedule.decay_steps"),
+    **{
+        f"TrainConfig.{name}": ("train.py", f"train.{name}")
+        for name in (
+            "steps", "global_batch_size", "lr", "router_lr", "expert_lr", "beta1", "beta2", "eps", "weight_decay", "grad_clip", "seed",
+            "max_bad_steps", "eval_every",
+        )
+    },
+    "TrainConfig.micro_batch_size": ("train.py", "train_config.micro_batch_size"),
+    "TrainConfig.eval_sequences": ("train.py", "train_config.eval_sequences"),
+    "TrainConfig.dtype": ("train.py", "train_config.dtype"),
+    "TrainConfig.activation_checkpointing": ("parallel/parallelize.py", "train.activation_checkpointing"),
+    "CheckpointConfig.every": ("train.py", "checkpoint.every"),
+    "CheckpointConfig.keep_last": ("checkpoint.py", "config.keep_last"),
+    "CheckpointConfig.keep_every": ("checkpoint.py", "config.keep_every"),
+    "CheckpointConfig.asynchronous": ("checkpoint.py", "config.asynchronous"),
+    **{f"LogConfig.{n}": ("metrics.py", f"config.{n}") for n in ("every", "tensorboard", "wandb", "wandb_project", "wandb_name", "wandb_mode")},
+    "UpcycleConfig.dense": ("convert/upcycle.py", "config.dense"),
+    "UpcycleConfig.output": ("convert/upcycle.py", "config.output"),
+    "UpcycleConfig.method": ("convert/upcycle.py", "upcycle.method"),
+    "UpcycleConfig.num_experts": ("convert/upcycle.py", "upcycle.num_experts"),
+    "UpcycleConfig.seed": ("convert/upcycle.py", "config.seed"),
+    "UpcycleConfig.max_shard_bytes": ("convert/upcycle.py", "config.max_shard_bytes"),
+    "EvalConfig.sequences": ("evaluate.py", "eval.sequences"),
+    "EvalConfig.batch_size": ("evaluate.py", "eval.batch_size"),
+    "EvalConfig.output": ("evaluate.py", "eval.output"),
+    "GenerateConfig.prompt": ("cli.py", "generate.prompt"),
+    "GenerateConfig.max_new_tokens": ("generate.py", "config.max_new_tokens"),
+    "GenerateConfig.temperature": ("generate.py", "config.temperature"),
+    "GenerateConfig.top_p": ("generate.py", "config.top_p"),
+    "GenerateConfig.seed": ("generate.py", "config.seed"),
+    "ExportConfig.output": ("cli.py", "options.output"),
+    "ExportConfig.dtype": ("cli.py", "options.dtype"),
+    "ExportConfig.max_shard_bytes": ("cli.py", "options.max_shard_bytes"),
+}  # fmt: skip
+
+
+def test_every_option_is_read() -> None:
+    """An option that nothing reads fails here, and so does one that this table does not know."""
+    options, todo, seen = set(), [Config], set()
+    while todo:
+        section = todo.pop()
+        if section in seen:
+            continue
+        seen.add(section)
+        for name, field in section.model_fields.items():
+            inner = [cls for cls, _ in schema._sections(field.annotation)]
+            todo += inner
+            if not inner:
+                options.add(f"{section.__name__}.{name}")
+    assert options == READ.keys()
+    expressions: dict[str, set[str]] = {}
+    for option, (file, expression) in READ.items():
+        if file not in expressions:
+            tree = ast.parse((ROOT / "moetrain" / file).read_text(encoding="utf-8"))
+            expressions[file] = {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, (ast.Attribute, ast.Call))}
+        found = any(text == expression or text.endswith(f".{expression}") for text in expressions[file])
+        assert found, f"{option}: {file} does not read {expression}"
+
+
+# --------------------------------------------------------------------------------------------------------------------- sizes
+
+_ALL_OPEN = {"type": "sigmoid_ste", "bias": True, "bias_init": 60.0}
+MODELS = {
+    "plain": model(),
+    "tied": model(tie_embeddings=True, num_kv_heads=1),
+    "biases": model(qkv_bias=True, o_bias=True, mlp_bias=True),
+    "qk_norm": model(qk_norm=True, head_dim=6, num_heads=4, num_kv_heads=2),
+    "sigmoid": moe(),
+    "sigmoid_bias": moe(_ALL_OPEN, qkv_bias=True, num_kv_heads=1, tie_embeddings=True),
+    "topk": moe({"type": "topk", "top_k": 8}, qk_norm=True),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_num_params(name: str) -> None:
+    config = ModelConfig.model_validate(MODELS[name])
+    with torch.device("meta"):
+        built = {n: p.numel() for n, p in Transformer(config).named_parameters()}
+    assert config.num_params() == sum(built.values())
+    if config.moe is None:
+        assert config.num_active_params() == config.num_params()
+        return
+    experts = sum(n for name, n in built.items() if ".experts." in name)
+    for active in (0, 1, 2.5, 8):
+        assert config.num_active_params(active) == sum(built.values()) - experts * (1 - active / 8)
+
+
+@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk"])
+@pytest.mark.parametrize("length", [8, 64])
+def test_flops_per_token(name: str, length: int) -> None:
+    """Against torch's count of a forward pass in which every expert is active, number for number.
+
+    torch counts attention as plain matrix products (it does not know the CPU's fused kernel), the whole score matrix, 4 S^2 H C per layer; a
+    causal kernel computes half of it, which is what `flops_per_token` says, so the difference is exactly that half. Norms, rotary positions
+    and softmax count for nothing in both.
+    """
+    config = ModelConfig.model_validate(MODELS[name])
+    network = Transformer(config)
+    init_weights(network, 0)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        output = network.eval()(torch.arange(length)[None] % 50)
+    for report in output.reports:
+        assert config.moe is None or report.stats["load"].tolist() == [length] * 8
+    upper_half = config.num_layers * 2 * length * config.num_heads * config.head_size
+    assert counter.get_total_flops() == length * (config.flops_per_token(length) + upper_half)
+
+
+def test_flops_by_active_experts() -> None:
+    """Each expert more costs its three matrices."""
+    config = ModelConfig.model_validate(MODELS["sigmoid"])
+    assert config.flops_per_token(8, 3) - config.flops_per_token(8, 2) == 2 * config.num_layers * 3 * 8 * 6
+    assert config.flops_per_token(8) == config.flops_per_token(8, 8)
+    assert ModelConfig.model_validate(moe({"type": "topk", "top_k": 2})).flops_per_token(8) == config.flops_per_token(8, 2)
