@@ -30,12 +30,14 @@ def dtype() -> None:
 
 def sample(folder: str, prompt: str) -> None:
     """Load an export as any user of transformers would, and continue a prompt."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
-    output = model.generate(tokens, max_new_tokens=120, do_sample=False, repetition_penalty=1.1)
+    output = model.generate(tokens, max_new_tokens=160, do_sample=True, temperature=0.6, top_p=0.95)
     print(tokenizer.decode(output[0], skip_special_tokens=True))
 
 

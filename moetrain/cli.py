@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -15,6 +16,8 @@ from pydantic.fields import FieldInfo
 
 from moetrain import config as schema
 from moetrain.config import Config, ConfigError
+
+_plain_warning = warnings.formatwarning
 
 COMMANDS = {
     "prepare": ("text, jsonl, jsonl.zst, parquet -> tokenized .bin/.idx data", "moetrain prepare --prepare.inputs '[book.txt, corpus.jsonl.zst]' --prepare.output data/corpus"),
@@ -31,6 +34,7 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    warnings.formatwarning = _warning
     try:
         return _main(words)
     except (ValueError, OSError) as error:
@@ -43,6 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("moetrain: interrupted", file=sys.stderr)
         return 130
+
+
+def _warning(message: Warning | str, category: type[Warning], file: str, number: int, line: str | None = None) -> str:
+    """Ours as one line without source code; everybody else's as always."""
+    if Path(__file__).parent in Path(file).parents:
+        return f"moetrain: warning: {message}\n"
+    return _plain_warning(message, category, file, number, line)
 
 
 def _fail(error: Exception, status: int) -> int:
@@ -240,7 +251,10 @@ def _generate(config: Config) -> None:
     if trained.tokenizer is None:
         raise ConfigError(f"{trained.source}: no tokenizer is known for it; generate needs data that was prepared with one")
     tokenizer = load_tokenizer(trained.tokenizer)
-    prompt = list(tokenizer.encode(config.generate.prompt))
+    try:
+        prompt = list(tokenizer.encode(config.generate.prompt))
+    except UnicodeEncodeError:
+        raise ConfigError(f"generate.prompt: {config.generate.prompt!r} is not valid UTF-8 text") from None
     if tokenizer.bos_id is not None and not prompt:
         prompt = [tokenizer.bos_id]
     train = config.train or TrainConfig(steps=1, global_batch_size=1, micro_batch_size=1)

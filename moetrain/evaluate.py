@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -106,14 +107,14 @@ def run(config: Config) -> None:
 
 
 def _show(answer: dict[str, Any]) -> None:
-    table = Table(title=answer["model"])
+    table = Table(title=answer["model"], box=box.SIMPLE, title_justify="left", pad_edge=False)
     experts = answer.get("num_experts")
-    for column in ("set", "tokens", "loss", "perplexity", *(["experts per token"] if experts else []), "activated params", "FLOPs per token"):
-        table.add_column(column, justify="left" if column == "set" else "right")
+    for column in ("set", "tokens", "loss", "perplexity", *(["experts"] if experts else []), "active params", "FLOPs/token"):
+        table.add_column(column, justify="left" if column == "set" else "right", no_wrap=True)
     for name, r in answer["sets"].items():
         cells = [name, f"{r['tokens']:,}", f"{r['loss']:.4f}", f"{r['perplexity']:.3f}"]
-        cells += [f"{r['active']:.2f} of {experts}"] if experts else []
-        table.add_row(*cells, f"{r['active_params'] / 1e6:.2f}M of {r['params'] / 1e6:.2f}M", f"{r['flops_per_token'] / 1e6:.1f}M")
+        cells += [f"{r['active']:.2f}/{experts}"] if experts else []
+        table.add_row(*cells, f"{r['active_params'] / 1e6:.2f}M", f"{r['flops_per_token'] / 1e6:.2f}M")
     console = Console()
     console.print(table)
     for name, r in answer["sets"].items():

@@ -113,7 +113,10 @@ class Trainer:
             self._resume()
             damaged = self.checkpoints.damaged
         if self.rank == 0:
-            Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+            try:
+                Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"run_dir {config.run_dir}: can't be made a folder: {error.strerror}; choose another run_dir") from None
             (Path(config.run_dir) / "config.yaml").write_text(schema.to_yaml(config), encoding="utf-8")
         self.metrics = Metrics(config.run_dir, config.log, resolved=schema.to_dict(config), resume_step=self.step, rank=self.rank, console=console)
         for step, reason in damaged.items():
