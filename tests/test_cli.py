@@ -27,7 +27,7 @@ MODEL = (
 
 
 def start(place: Path, *words: str, launcher: list[str] = PYTHON, status: int = 0) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "COLUMNS": "200"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launcher, *words], cwd=place, capture_output=True, text=True, timeout=180, env=environment)
     assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
     return done
@@ -80,7 +80,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "4 experts per layer" in said and "upcycled" in said and "active" in said
 
     said = moetrain(place, "eval", "--run_dir", "runs/moe", "--eval.output", "figures/moe.json")
-    assert "of 4" in said and "experts per token by layer" in said
+    assert "perplexity" in said and "experts per token by layer" in said
 
     moetrain(place, "export", "--run_dir", "runs/moe", "--export.output", "exported")
     return place
@@ -102,8 +102,8 @@ def test_eval_of_the_export_is_eval_of_the_run(place: Path, monkeypatch: pytest.
     exported = json.loads((place / "figures/exported.json").read_text())
     assert run["model"].endswith("step-00000004") and exported["model"] == "exported" and run["num_experts"] == exported["num_experts"] == 4
     a, b = run["sets"]["text"], exported["sets"]["text"]
-    assert {k: v for k, v in a.items()} == pytest.approx({k: v for k, v in b.items()}, rel=1e-6)
-    assert 1 < a["perplexity"] < 259 and 0 < a["active"] <= 4 and len(a["active_by_layer"]) == 2
+    assert a.pop("active_by_layer") == pytest.approx(b.pop("active_by_layer"), rel=1e-6) and a == pytest.approx(b, rel=1e-6)
+    assert 1 < a["perplexity"] < 259 and 0 < a["active"] <= 4
     assert a["params"] == read_config("exported").num_params() > a["active_params"]
     # The last evaluation of training saw the same sequences with the same weights.
     last = json.loads((place / "runs/moe/metrics.jsonl").read_text().splitlines()[-1])

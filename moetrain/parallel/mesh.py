@@ -6,6 +6,7 @@ inside, over dp_shard. dp_replicate holds copies of both.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -35,8 +36,6 @@ def start_processes(timeout_seconds: float) -> torch.device:
 
     Returns this rank's device: its CUDA device when CUDA is usable, else the CPU. Raises ValueError if there are fewer devices than ranks.
     """
-    import os
-
     local_rank, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
