@@ -16,7 +16,7 @@ dtype=$(python launch/quickstart.py dtype)
 if [ ! -e $out/data/stdlib_valid.json ]; then
     say "prepare: the standard library as bytes"
     moetrain prepare --prepare.inputs "['$(python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')']" \
-        --prepare.output $out/data/stdlib --prepare.extensions "['.py']" --prepare.validation_fraction 0.05 --prepare.workers 2 \
+        --prepare.output $out/data/stdlib --prepare.extensions "['.py']" --prepare.validation_fraction 0.03 --prepare.workers 2 \
         --prepare.exclude "['site-packages', 'dist-packages', 'test', '*/test', '*/tests', 'config-*']"
 fi
 

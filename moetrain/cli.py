@@ -257,12 +257,18 @@ def _generate(config: Config) -> None:
         raise ConfigError(f"generate.prompt: {config.generate.prompt!r} is not valid UTF-8 text") from None
     if tokenizer.bos_id is not None and not prompt:
         prompt = [tokenizer.bos_id]
+    if prompt and max(prompt) >= trained.config.vocab_size:
+        raise ConfigError(
+            f"generate.prompt: its token {max(prompt)} is beyond the model's vocab_size ({trained.config.vocab_size}); does the tokenizer "
+            f"({trained.tokenizer}) belong to {trained.source}?"
+        )
     train = config.train or TrainConfig(steps=1, global_batch_size=1, micro_batch_size=1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_trained(trained, train, device, None)
     tokens = torch.tensor([[int(t) for t in prompt]], dtype=torch.int64, device=device)
     output = generate(model, tokens, config.generate, tokenizer.eos_id, dtype=DTYPES[train.dtype])[0].tolist()
-    print(tokenizer.decode([t for t in output if t != tokenizer.eos_id]))
+    # A vocabulary that was rounded up has ids that no text belongs to.
+    print(tokenizer.decode([t for t in output if t != tokenizer.eos_id and t < tokenizer.vocab_size]))
 
 
 def _export(config: Config) -> None:

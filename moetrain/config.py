@@ -22,6 +22,8 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Name = Annotated[str, Field(min_length=1)]
 
 
 class ConfigError(ValueError):
@@ -204,17 +206,17 @@ class ModelConfig(_Section):
 
 
 class Source(_Section):
-    name: Annotated[str, Field(min_length=1)]
+    name: Name
     """Domain or language; metrics and evaluation are kept apart by it."""
-    path: Annotated[str, Field(min_length=1)]
+    path: Name
     """Prefix of a prepared data set: PATH.bin, PATH.idx, PATH.json."""
     weight: PositiveFloat | None = None
     """Share of the training samples; null for all sources: by size (see `temperature`)."""
 
 
 class EvalSource(_Section):
-    name: Annotated[str, Field(min_length=1)]
-    path: Annotated[str, Field(min_length=1)]
+    name: Name
+    path: Name
 
 
 class DataConfig(_Section):
@@ -233,12 +235,12 @@ class DataConfig(_Section):
 class PrepareConfig(_Section):
     inputs: Annotated[list[str], Field(min_length=1)]
     """Files or folders: text, source code, .jsonl, .jsonl.gz, .jsonl.zst, .parquet."""
-    output: Annotated[str, Field(min_length=1)]
+    output: Name
     """Prefix of the data set to write."""
-    tokenizer: str = "byte"
+    tokenizer: Name = "byte"
     """`byte`, or a Hugging Face tokenizer.json or the folder that holds it."""
     text_key: str = "text"
-    extensions: list[str] | None = None
+    extensions: Annotated[list[str] | None, Field(min_length=1)] = None
     """File endings taken from folders; null: text, code, jsonl, parquet."""
     exclude: list[str] = []
     """Glob patterns of paths, relative to their input folder, left out."""
@@ -248,7 +250,7 @@ class PrepareConfig(_Section):
     max_documents: Positive | None = None
     strict: bool = False
     """End at the first broken line instead of counting it."""
-    seed: NonNegative = 0
+    seed: Seed = 0
 
 
 # ------------------------------------------------------------------------------------------------------------------ training
@@ -296,7 +298,7 @@ class TrainConfig(_Section):
     schedule: ScheduleConfig = ScheduleConfig()
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Of activations and matrix products; parameters, router, norms' statistics and losses stay in float32 (float64 when chosen)."""
-    seed: NonNegative = 0
+    seed: Seed = 0
     activation_checkpointing: Literal["none", "block"] = "none"
     """`block` keeps only each block's input and computes the block again in backward, with the routes of the first time."""
     max_bad_steps: Positive = 10
@@ -327,16 +329,16 @@ class LogConfig(_Section):
 
 
 class UpcycleConfig(_Section):
-    dense: Annotated[str, Field(min_length=1)]
+    dense: Name
     """Dense Hugging Face checkpoint: LLaMA, Mistral, Qwen2 or Qwen3."""
-    output: Annotated[str, Field(min_length=1)]
+    output: Name
     """Folder to write; a Hugging Face checkpoint too."""
     method: Literal["dsmoe", "llama_moe"] = "dsmoe"
     """Both cut each FFN into equal contiguous slices: `dsmoe` with a sigmoid_ste router, `llama_moe` with topk scaled by E / k."""
     num_experts: Positive = 8
     router: Router | None = None
     """null: the method's own router (`llama_moe`: top 3 of 8, that is 3/8 of the experts)."""
-    seed: NonNegative = 0
+    seed: Seed = 0
     max_shard_bytes: Positive = 5_000_000_000
 
 
@@ -344,7 +346,7 @@ class EvalConfig(_Section):
     sequences: Positive | None = None
     """Per set; null: all."""
     batch_size: Positive = 8
-    output: str | None = None
+    output: Annotated[str | None, Field(min_length=1)] = None
     """JSON file with the figures that are printed."""
 
 
@@ -354,11 +356,11 @@ class GenerateConfig(_Section):
     temperature: NonNegativeFloat = 0.0
     """0: the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    seed: NonNegative = 0
+    seed: Seed = 0
 
 
 class ExportConfig(_Section):
-    output: Annotated[str, Field(min_length=1)]
+    output: Name
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """null: as the parameters are."""
     max_shard_bytes: Positive = 5_000_000_000
@@ -367,7 +369,7 @@ class ExportConfig(_Section):
 class Config(_Section):
     """The whole file. A command reads the sections it needs and says which is missing."""
 
-    run_dir: Annotated[str, Field(min_length=1)] = "runs/default"
+    run_dir: Name = "runs/default"
     """Checkpoints, metrics and the resolved config of a training run; eval, generate and export read from it."""
     init_from: Annotated[str | None, Field(min_length=1)] = None
     """Hugging Face folder (dense, upcycled or exported) with the start weights; null: random. Its config is the default of `model`."""
@@ -654,6 +656,9 @@ def check(config: Config) -> list[str]:
     for kind, names in (("data.train", [s.name for s in data.train]), ("data.eval", [s.name for s in data.eval])):
         for name in sorted({n for n in names if names.count(n) > 1}):
             bad.append(f"{kind}: the name {name!r} is given {names.count(name)} times; metrics are kept apart by name")
+    for ending in (config.prepare.extensions if config.prepare is not None else None) or []:
+        if not ending.startswith("."):
+            bad.append(f"prepare.extensions: {ending!r} would match every name that ends so; write .{ending}")
     if config.upcycle is not None:
         _check_upcycle(config.upcycle, bad)
     return bad

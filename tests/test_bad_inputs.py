@@ -23,6 +23,7 @@ from moetrain.cli import main
 from moetrain.config import ModelConfig, to_dict, to_yaml
 from moetrain.convert.huggingface import write_model
 from moetrain.data.indexed import IndexedWriter
+from moetrain.data.tokenizer import load_tokenizer, save_tokenizer
 from moetrain.model import Transformer, init_weights
 from tests.test_train import make_config, write_data
 
@@ -212,6 +213,7 @@ CASES: list[tuple[str, Callable[[Path], None], tuple[str, ...]]] = [
     (TRAIN + " --model 3 --init_from dense", none, ("model: must be a section", "found 3")),
     (TRAIN + " --run_dir=", none, ("run_dir", "at least 1 character")),
     ("train --config small.yaml --data.train [a]", none, ("data.train.0: must be a section", "found 'a'")),
+    (TRAIN + " --train.seed 9223372036854775808", none, ("train.seed", "less than 9223372036854775808")),
     # combinations
     (SMALL, none, ("data.train: no source to train on",)),
     (TRAIN + " --train.global_batch_size 15", none, ("train.global_batch_size (15)", "multiple of train.micro_batch_size (8)")),
@@ -241,6 +243,7 @@ CASES: list[tuple[str, Callable[[Path], None], tuple[str, ...]]] = [
     # prepare
     ("prepare", none, ("missing section: prepare",)),
     ("prepare --prepare.inputs [] --prepare.output p", none, ("prepare.inputs", "at least 1 item")),
+    ("prepare --prepare.inputs [text.txt] --prepare.output p --prepare.extensions []", none, ("prepare.extensions", "at least 1 item")),
     ("prepare --prepare.inputs [no.txt] --prepare.output p", none, ("input no.txt: no such file or folder",)),
     ("prepare --prepare.inputs text.txt --prepare.output p", none, ("prepare.inputs", "valid list", "'text.txt'")),
     ("prepare --prepare.inputs [l.jsonl] --prepare.output p --prepare.strict true", rewrite("l.jsonl", '{"text": "a"}\n{"text": \n'), ("l.jsonl:2", "bad JSON", "(strict)")),
@@ -357,7 +360,7 @@ def byte_run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def test_generate(byte_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A prompt that is too long, one that is no text; a prompt that looks like YAML is just text."""
+    """A prompt that is too long, one that is no text, one beyond the vocabulary; a prompt that looks like YAML is just text."""
     capfd.readouterr()
     assert main(["generate", "--run_dir", "run", "--generate.prompt", "def f(): # x", "--generate.max_new_tokens", "2"]) == 0
     assert capfd.readouterr().out.startswith("def f(): # x")
@@ -369,6 +372,19 @@ def test_generate(byte_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     ):
         assert main(["generate", "--run_dir", "run", *words]) == 2
         assert_clear(capfd.readouterr().err, parts)
+
+
+def test_generate_with_another_vocabulary(byte_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Smaller than the tokenizer's: one line. Larger, as vocabularies are that were rounded up: ids that no text belongs to say nothing."""
+    for size in (50, 400):
+        write_folder(byte_run / f"hf{size}", vocab_size=size)
+        save_tokenizer(load_tokenizer("byte"), byte_run / f"hf{size}")
+    capfd.readouterr()
+    words = ["generate", "--run_dir", "none", "--generate.prompt", "xyz", "--generate.temperature", "5", "--generate.max_new_tokens", "20"]
+    assert main([*words, "--init_from", "hf50"]) == 2
+    assert_clear(capfd.readouterr().err, ("generate.prompt: its token 122 is beyond the model's vocab_size (50)", "tokenizer (hf50)"))
+    assert main([*words, "--init_from", "hf400"]) == 0
+    assert capfd.readouterr().out.startswith("xyz")
 
 
 def test_damaged_newest_checkpoint_falls_back(place: Path, capfd: pytest.CaptureFixture[str]) -> None:

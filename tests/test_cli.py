@@ -6,6 +6,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -147,8 +149,8 @@ def test_torchrun_goes_on_with_two_ranks(place: Path) -> None:
     assert "2 ranks on cpu" in done.stdout and "ep 2" in done.stdout and done.stdout.count("step 5/6") == 1
     events = [json.loads(line) for line in (place / "runs/moe/events.jsonl").read_text().splitlines()]
     assert {"step": 4, "ranks": 2} in [{k: e[k] for k in ("step", "ranks")} for e in events if e["event"] == "resume"]
-    done = start(place, *words, "--parallel.dp_shard", "3", "--train.steps", "8", launcher=TORCHRUN, status=1)
-    assert "error: parallel: dp_replicate (1) x dp_shard (3) x ep (2) = 6, but 2 ranks were started; start 6, or set dp_shard: -1" in done.stderr
+    done = start(place, *words, "--parallel.dp_shard", "4", "--train.steps", "8", launcher=TORCHRUN, status=1)
+    assert "error: parallel: dp_replicate (1) x dp_shard (4) x ep (2) = 8, but 2 ranks were started; start 8, or set dp_shard: -1" in done.stderr
     assert "moetrain rank 0: error:" in done.stderr or "moetrain rank 1: error:" in done.stderr
     assert steps(place / "runs/moe") == [1, 2, 3, 4, 5, 6]
 
@@ -156,7 +158,10 @@ def test_torchrun_goes_on_with_two_ranks(place: Path) -> None:
 @pytest.mark.skipif(not has("deepspeed"), reason="the deepspeed launcher is not installed: DS_BUILD_OPS=0 pip install deepspeed")
 def test_deepspeed_launcher(place: Path) -> None:
     """It starts the same program, with --local_rank in the way."""
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--module", "moetrain"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", port, "--module", "moetrain"]
     done = start(place, "train", "--config", "dense.yaml", "--run_dir", "runs/deepspeed", "--train.steps", "2", "--train.eval_every", "1", launcher=launcher)
     assert steps(place / "runs/deepspeed") == [1, 2] and "2 ranks on cpu" in done.stdout
 
@@ -180,8 +185,6 @@ def test_help(command: str, capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_every_example_is_right(capfd: pytest.CaptureFixture[str]) -> None:
     """The words behind `moetrain COMMAND` in each example are overrides of known options, or a file that is there."""
-    import shlex
-
     for command, (_, example) in COMMANDS.items():
         words = shlex.split(example)
         words = words[words.index("moetrain") + 1 :]

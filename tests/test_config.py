@@ -340,6 +340,7 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": moe({**_OPEN, "target_active": 9.0})}, "model.moe.router.target_active (9.0) is more than num_experts (8)"),
     ({"model": moe({**_OPEN, "target_active": 2, "sparsity_coef": 0})}, "model.moe.router.sparsity_coef: 0 can't be adapted"),
     ({"model": moe({**_OPEN, "rescale": "none", "rescale_in_eval": True})}, "rescale_gradient and rescale_in_eval have an effect only with rescale: count"),
+    ({"prepare": {"inputs": ["a"], "output": "b", "extensions": [".txt", "py"]}}, "prepare.extensions: 'py' would match every name that ends so; write .py"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": _OPEN}}, "upcycle.router.type (sigmoid_ste) does not belong to upcycle.method (llama_moe); use topk"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": {"type": "topk", "top_k": 9}}}, "upcycle.router.top_k (9) is more than upcycle.num_experts (8)"),
 ]  # fmt: skip
@@ -389,7 +390,7 @@ def test_every_rule_has_a_case() -> None:
                         continue  # raises what was collected
                     rules += 1
                     assert any(re.search(template, text, re.DOTALL) for text in said), f"config.py:{call.lineno} has no case: {template}"
-    assert rules >= 33
+    assert rules >= 36
 
 
 def _template(node: ast.expr) -> str:
