@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,13 @@ from moetrain.parallel.parallelize import copy_whole, parallelize
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def model_from(folder: str) -> dict[str, Any]:
-    """The `model` section of a Hugging Face folder, for `config.load_config`."""
+def model_from(folder: str, run_dir: str) -> dict[str, Any]:
+    """The `model` section of a Hugging Face folder, for `config.load_config`; of the run that started from it, where the folder is gone."""
+    saved = Path(run_dir) / "config.yaml"
+    if not Path(folder).exists() and saved.is_file():
+        run = schema.load_config(saved)
+        if run.init_from == folder and run.model is not None:
+            return schema.to_dict(run.model)
     return schema.to_dict(huggingface.read_config(Path(folder)))
 
 
@@ -89,13 +95,23 @@ class Trained:
 def find_trained(config: Config) -> Trained:
     """The newest whole checkpoint of run_dir, else `init_from`. Raises ConfigError if there is neither."""
     folder = Path(config.run_dir) / "checkpoints"
+    damaged: list[str] = []
     for step in sorted(find_steps(folder), reverse=True):
         path = folder / f"step-{step:08d}"
+        try:
+            whole = read_full(path, "model.")
+        except ValueError as error:
+            damaged.append(str(error))
+            warnings.warn(f"{error}; taking an older one", stacklevel=2)
+            continue
         meta = read_meta(path)
         model = schema.config_from_dict(meta["config"], str(path)).model
         assert model is not None, "a training run has a model section"
-        tensors = ((name.removeprefix("model."), tensor) for name, tensor in read_full(path, "model."))
+        tensors = ((name.removeprefix("model."), tensor) for name, tensor in whole)
         return Trained(model, tensors, meta.get("tokenizer"), str(path), meta.get("mean_active"))
+    if damaged:
+        # Not init_from: whoever asks for a run's result must not get the weights that it started from.
+        raise ConfigError(f"run_dir {config.run_dir}: no whole checkpoint there: {'; '.join(damaged)}")
     if config.init_from is not None and config.model is not None:
         source = Path(config.init_from)
         tokenizer = str(source) if (source / "tokenizer.json").exists() else None

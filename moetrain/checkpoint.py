@@ -215,7 +215,8 @@ class Checkpoints:
             self.damaged[candidate] = problem
             if self._rank == 0:
                 warnings.warn(f"checkpoint {folder} is damaged: {problem}; trying the one before it", stacklevel=2)
-        raise ValueError(f"no whole checkpoint in {self.folder}: " + "; ".join(f"step {s}: {p}" for s, p in self.damaged.items()))
+        reasons = "; ".join(f"step {s}: {p}" for s, p in self.damaged.items())
+        raise ValueError(f"no whole checkpoint in {self.folder}: {reasons}; mend them, or start anew with another run_dir")
 
     def _problem(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint, the same answer on all ranks, each of which reads its share of the bytes; None: it is whole."""

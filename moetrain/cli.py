@@ -20,15 +20,39 @@ from moetrain.config import Config, ConfigError
 _plain_warning = warnings.formatwarning
 
 COMMANDS = {
-    "prepare": ("text, jsonl, jsonl.zst, parquet -> tokenized .bin/.idx data", "moetrain prepare --prepare.inputs '[book.txt, corpus.jsonl.zst]' --prepare.output data/corpus"),
-    "upcycle": ("dense Hugging Face checkpoint -> mixture of experts", "moetrain upcycle --upcycle.dense llama/ --upcycle.output llama-dsmoe/ --upcycle.num_experts 8"),
-    "train": ("train from scratch, from a checkpoint, or go on", "torchrun --standalone --nproc-per-node 2 -m moetrain train --config configs/quickstart/moe.yaml --train.lr 3e-4"),
-    "eval": ("perplexity and cost per token on held-out sets", "moetrain eval --run_dir runs/moe --eval.output result.json"),
-    "generate": ("text from a prompt", "moetrain generate --run_dir runs/moe --generate.prompt 'def main' --generate.max_new_tokens 100"),
-    "export": ("checkpoint -> Hugging Face folder", "moetrain export --run_dir runs/moe --export.output exported/"),
-    "config": ("check a config and print it with every default; --schema prints the JSON schema", "moetrain config --config configs/quickstart/moe.yaml"),
-    "doctor": ("what is installed, what will be used, what to install for more; --json for programs", "moetrain doctor"),
-}  # fmt: skip
+    "prepare": (
+        "text, jsonl, jsonl.zst, parquet -> tokenized .bin/.idx data",
+        "moetrain prepare --prepare.inputs '[book.txt, corpus.jsonl.zst]' --prepare.output data/corpus",
+    ),
+    "upcycle": (
+        "dense Hugging Face checkpoint -> mixture of experts",
+        "moetrain upcycle --upcycle.dense llama/ --upcycle.output llama-dsmoe/ --upcycle.num_experts 8",
+    ),
+    "train": (
+        "train from scratch, from a checkpoint, or go on",
+        "torchrun --standalone --nproc-per-node 2 -m moetrain train --config configs/quickstart/moe.yaml --train.lr 3e-4",
+    ),
+    "eval": (
+        "perplexity and cost per token on held-out sets",
+        "moetrain eval --run_dir runs/moe --eval.output result.json",
+    ),
+    "generate": (
+        "text from a prompt",
+        "moetrain generate --run_dir runs/moe --generate.prompt 'def main' --generate.max_new_tokens 100",
+    ),
+    "export": (
+        "checkpoint -> Hugging Face folder",
+        "moetrain export --run_dir runs/moe --export.output exported/",
+    ),
+    "config": (
+        "check a config and print it with every default; --schema prints the JSON schema",
+        "moetrain config --config configs/quickstart/moe.yaml",
+    ),
+    "doctor": (
+        "what is installed, what will be used, what to install for more; --json for programs",
+        "moetrain doctor",
+    ),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,6 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Wrong input, or a file system that refuses: the message says what to do, and a traceback would hide it.
         return _fail(error, 2)
     except RuntimeError as error:
+        # By name: torch is not imported for every command. The CPU's allocator has no class of its own.
+        if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
+            hint = "use a smaller micro_batch_size or seq_len, activation_checkpointing: block, or more ranks (dp_shard, ep)"
+            return _fail(RuntimeError(f"out of memory: {str(error).splitlines()[0]}; {hint}"), 1)
         if os.environ.get("MOETRAIN_TRACEBACK") or not str(error).startswith("step "):
             raise
         return _fail(error, 1)
@@ -61,8 +89,8 @@ def _fail(error: Exception, status: int) -> int:
         raise error
     rank = f" rank {os.environ.get('RANK')}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     text = str(error) or type(error).__name__
-    if isinstance(error, OSError) and error.filename is not None:
-        text = f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     print(f"moetrain{rank}: error: {text}", file=sys.stderr, flush=True)
     return status
 
@@ -153,7 +181,10 @@ def _help(command: str) -> str:
     lines = [f"moetrain {command}: {what}", "", f"example: {example}", ""]
     if command == "doctor":
         return "\n".join([*lines, "  --json    print facts as JSON"])
-    lines += ["  --config FILE    YAML with any of the options below", *(["  --schema         print the JSON schema of the file, for editors"] if command == "config" else [])]
+    lines += [
+        "  --config FILE    YAML with any of the options below",
+        *(["  --schema         print the JSON schema of the file, for editors"] if command == "config" else []),
+    ]
     top = [] if command in ("prepare", "upcycle") else ["run_dir", "init_from"]
     for name in [*top, *(["resume"] if command == "train" else [])]:
         lines.append(_option(name, Config.model_fields[name]))

@@ -10,8 +10,9 @@ import difflib
 import json
 import math
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Callable, Literal, Sequence, Union
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -32,9 +33,7 @@ class ConfigError(ValueError):
 
 class _Section(BaseModel):
     # strict: a string is never taken for a number nor 1 for true; numbers such as 3e-4 are made numbers by the YAML reader below.
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=())
 
 
 # --------------------------------------------------------------------------------------------------------------------- model
@@ -110,7 +109,7 @@ class TopKRouter(_Section):
     init_std: PositiveFloat = 0.02
 
 
-Router = Annotated[Union[SigmoidSteRouter, TopKRouter], Field(discriminator="type")]
+Router = Annotated[SigmoidSteRouter | TopKRouter, Field(discriminator="type")]
 
 
 class MoEConfig(_Section):
@@ -509,7 +508,7 @@ def load_config(
     path: str | Path | None = None,
     overrides: Sequence[tuple[str, str]] = (),
     *,
-    model_from: Callable[[str], dict[str, Any]] | None = None,
+    model_from: Callable[[str, str], dict[str, Any]] | None = None,
 ) -> Config:
     """Read, override, check.
 
@@ -532,7 +531,8 @@ def load_config(
         _apply_override(tree, key, value)
     given, folder = tree.get("model") or {}, tree.get("init_from")
     if model_from is not None and isinstance(folder, str) and folder and isinstance(given, dict):
-        tree["model"] = _merge(model_from(folder), given)
+        run_dir = tree.get("run_dir")
+        tree["model"] = _merge(model_from(folder, run_dir if isinstance(run_dir, str) else Config.model_fields["run_dir"].default), given)
         _forget_idle(tree["model"], given)
     return config_from_dict(tree, where)
 
@@ -576,7 +576,9 @@ def _explain(item: Any) -> str:
         return f"{name}: must be a section with keys of its own, found {_short(value)}"
     if kind == "extra_forbidden":
         known = sorted(_keys(Config))
-        close = difflib.get_close_matches(location[-1], [k.rsplit(".", 1)[-1] for k in known if k.rpartition(".")[0] == _generic(location[:-1])], 1, 0.5)
+        close = difflib.get_close_matches(
+            location[-1], [k.rsplit(".", 1)[-1] for k in known if k.rpartition(".")[0] == _generic(location[:-1])], 1, 0.5
+        )
         if close:
             return f"{name}: unknown key; did you mean {'.'.join([*location[:-1], close[0]])}?"
         elsewhere = [k for k in known if k.rsplit(".", 1)[-1] == location[-1]] or difflib.get_close_matches(_generic(location), known, 1, 0.6)
@@ -639,7 +641,8 @@ def check(config: Config) -> list[str]:
             bad.append("train.schedule.decay_steps: type wsd needs the number of steps of its decay")
         if schedule.type == "wsd" and schedule.warmup_steps + schedule.decay_steps > train.steps:
             bad.append(
-                f"train.schedule: warmup_steps ({schedule.warmup_steps}) + decay_steps ({schedule.decay_steps}) is more than train.steps ({train.steps})"
+                f"train.schedule: warmup_steps ({schedule.warmup_steps}) + decay_steps ({schedule.decay_steps}) "
+                f"is more than train.steps ({train.steps})"
             )
         for name in ("router_lr", "expert_lr"):
             if model is not None and model.moe is None and getattr(train, name) is not None:
@@ -679,7 +682,11 @@ def _check_model(model: ModelConfig, parallel: ParallelConfig, bad: list[str]) -
             bad.append(f"model.sliding_layers: {outside} outside 0..{model.num_layers - 1}")
     scaling = model.rope_scaling
     if scaling is not None:
-        wanted = {"linear": (), "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), "yarn": ("original_max_position_embeddings",)}
+        wanted = {
+            "linear": (),
+            "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+            "yarn": ("original_max_position_embeddings",),
+        }
         for name in wanted[scaling.type]:
             if getattr(scaling, name) is None:
                 bad.append(f"model.rope_scaling.{name}: missing; type {scaling.type} needs it")
@@ -700,7 +707,9 @@ def _check_model(model: ModelConfig, parallel: ParallelConfig, bad: list[str]) -
         bad.append(f"model.moe.num_experts ({moe.num_experts}) must be a multiple of parallel.ep ({parallel.ep}); nearest: {near}")
     shard = parallel.dp_shard
     if shard > 1 and (model.hidden_size % shard or (2 * moe.expert_dim) % shard):
-        bad.append(f"parallel.dp_shard ({shard}) must divide model.hidden_size ({model.hidden_size}) and twice model.moe.expert_dim ({2 * moe.expert_dim})")
+        bad.append(
+            f"parallel.dp_shard ({shard}) must divide model.hidden_size ({model.hidden_size}) and twice model.moe.expert_dim ({2 * moe.expert_dim})"
+        )
     router = moe.router
     if isinstance(router, TopKRouter):
         if router.top_k > moe.num_experts:
@@ -729,7 +738,9 @@ def _check_sigmoid(router: SigmoidSteRouter, num_experts: int, where: str, bad: 
 def _check_upcycle(upcycle: UpcycleConfig, bad: list[str]) -> None:
     router, want = upcycle.router, {"dsmoe": SigmoidSteRouter, "llama_moe": TopKRouter}[upcycle.method]
     if router is not None and not isinstance(router, want):
-        bad.append(f"upcycle.router.type ({router.type}) does not belong to upcycle.method ({upcycle.method}); use {want.model_fields['type'].default}")
+        bad.append(
+            f"upcycle.router.type ({router.type}) does not belong to upcycle.method ({upcycle.method}); use {want.model_fields['type'].default}"
+        )
     if isinstance(router, TopKRouter) and router.top_k > upcycle.num_experts:
         bad.append(f"upcycle.router.top_k ({router.top_k}) is more than upcycle.num_experts ({upcycle.num_experts})")
     if isinstance(router, SigmoidSteRouter):
@@ -743,8 +754,8 @@ def check_world(config: Config, world_size: int) -> ParallelConfig:
     if parallel.dp_shard == -1:
         if world_size % fixed:
             raise ConfigError(
-                f"parallel: dp_replicate ({parallel.dp_replicate}) x ep ({parallel.ep}) = {fixed} does not divide the number of ranks ({world_size}); "
-                f"start {math.ceil(world_size / fixed) * fixed} ranks or change one of them"
+                f"parallel: dp_replicate ({parallel.dp_replicate}) x ep ({parallel.ep}) = {fixed} does not divide the number of ranks "
+                f"({world_size}); start {math.ceil(world_size / fixed) * fixed} ranks or change one of them"
             )
         parallel = parallel.model_copy(update={"dp_shard": world_size // fixed})
     elif fixed * parallel.dp_shard != world_size:

@@ -29,8 +29,8 @@ _IMPORT_SECONDS = 120  # a package on a slow network disk, not one that hangs
 _PACKAGES = (
     ("transformers", "transformers", "Hugging Face models and tokenizers, export", "pip install 'moetrain[hf]'", False),
     ("flash-attn", "flash_attn", "attention on CUDA", "pip install flash-attn --no-build-isolation", True),
-    ("deepspeed", "deepspeed", "the DeepSpeed engine", "pip install 'moetrain[deepspeed]'", False),
-    ("megatron-core", "megatron.core", "the Megatron engine", "pip install 'moetrain[megatron]'", False),
+    ("deepspeed", "deepspeed", "launch/deepspeed.sh", "pip install 'moetrain[deepspeed]'", False),
+    ("megatron-core", "megatron.core", "reading prepared data with Megatron", "pip install 'moetrain[megatron]'", False),
     ("zstandard", "zstandard", "jsonl.zst files", "pip install 'moetrain[data]'", False),
     ("pyarrow", "pyarrow", "parquet files", "pip install 'moetrain[data]'", False),
     ("wandb", "wandb", "log.wandb", "pip install 'moetrain[report]'", False),

@@ -73,6 +73,10 @@ def run(config: Config) -> None:
     """`moetrain eval`: the newest checkpoint of run_dir, or init_from, on every set of data.eval; on one rank or more."""
     if not config.data.eval:
         raise ConfigError("data.eval: no set to evaluate; give at least one name and path")
+    if config.eval.output is not None:
+        # Now, not after the work is done.
+        Path(config.eval.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(config.eval.output).open("a").close()
     trained = find_trained(config)
     train = config.train or TrainConfig(steps=1, global_batch_size=1, micro_batch_size=1)
     device = start_processes(config.parallel.timeout_seconds)
@@ -100,7 +104,6 @@ def run(config: Config) -> None:
             answer["num_experts"] = trained.config.moe.num_experts
         _show(answer)
         if config.eval.output is not None:
-            Path(config.eval.output).parent.mkdir(parents=True, exist_ok=True)
             Path(config.eval.output).write_text(json.dumps(answer, indent=2) + "\n", encoding="utf-8")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moetrain import config as schema
 from moetrain.attention import describe_backends
-from moetrain.build import DTYPES, build_model, need
+from moetrain.build import DTYPES, build_model, empty_model, need
 from moetrain.checkpoint import Checkpoints
 from moetrain.config import Config, ConfigError, ScheduleConfig, check_world
 from moetrain.data.dataset import IGNORE, BatchIterator, BlendedDataset, EvalSet, Source
@@ -31,6 +31,12 @@ from moetrain.model import Transformer
 from moetrain.moe.losses import build_controller, coefficients
 from moetrain.parallel.grads import gradient_norm, scale_gradients
 from moetrain.parallel.mesh import build_meshes, start_processes
+
+_TRAINING_OPTIONS = {
+    "ste", "probe_rate", "sparsity_coef", "sparsity_on", "target_active", "controller_factor", "rescale_gradient", "balance_coef", "z_coef",
+    "init_std", "bias_init",
+}  # fmt: skip
+"""Of the model section: how it is trained. These may change when a run goes on; what the model computes may not."""
 
 
 def learning_rate_factor(step: int, steps: int, schedule: ScheduleConfig) -> float:
@@ -98,7 +104,12 @@ class Trainer:
             raise ConfigError(
                 f"run_dir {config.run_dir} has a checkpoint of step {resume_step}; set resume: true to go on, or choose another run_dir"
             )
-        self.model = build_model(config, self.device, build_meshes(self.parallel, self.device))
+        meshes = build_meshes(self.parallel, self.device)
+        if resume_step is None:
+            self.model = build_model(config, self.device, meshes)
+        else:
+            self._check_same_model(resume_step)
+            self.model = empty_model(self.model_config, self.train_config, self.device, meshes)
         self.parameters = dict(self.model.named_parameters())
         train = self.train_config
         self.optimizer = torch.optim.AdamW(
@@ -117,7 +128,9 @@ class Trainer:
                 Path(config.run_dir).mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ConfigError(f"run_dir {config.run_dir}: can't be made a folder: {error.strerror}; choose another run_dir") from None
-            (Path(config.run_dir) / "config.yaml").write_text(schema.to_yaml(config), encoding="utf-8")
+            written = Path(config.run_dir) / "config.yaml.tmp"
+            written.write_text(schema.to_yaml(config), encoding="utf-8")
+            written.replace(Path(config.run_dir) / "config.yaml")
         self.metrics = Metrics(config.run_dir, config.log, resolved=schema.to_dict(config), resume_step=self.step, rank=self.rank, console=console)
         for step, reason in damaged.items():
             self.metrics.event("fallback", step=step, reason=reason)
@@ -185,16 +198,23 @@ class Trainer:
         self.checkpoints.save(self.step, self._state(), meta, wait=wait)
         self.metrics.event("checkpoint", step=self.step)
 
+    def _check_same_model(self, step: int) -> None:
+        """Before anything is loaded, so that the message names options and not shapes. A damaged checkpoint is left to `load`."""
+
+        def read() -> dict[str, Any] | None:
+            try:
+                return self.checkpoints.read_meta(step)["config"]["model"]
+            except (ValueError, OSError, KeyError, TypeError):
+                return None
+
+        old, new = self._together(read), schema.to_dict(self.model_config)
+        changed = [] if old is None else _differences(old, new, "model")
+        fixed = [line for line in changed if line.split(":")[0].rpartition(".")[2] not in _TRAINING_OPTIONS]
+        if fixed:
+            raise ConfigError(f"run_dir {self.config.run_dir}: its checkpoint is of another model: {'; '.join(fixed)}. Use another run_dir")
+
     def _resume(self) -> None:
         meta = self.checkpoints.load(self._state())
-        old = schema.config_from_dict(meta["config"], "of the checkpoint").model
-        if old is not None and old != self.model_config:
-            changed = _differences(schema.to_dict(old), schema.to_dict(self.model_config), "model")
-            # How a router is trained may change from run to run, what the model computes may not.
-            shape = (".type", ".bias", ".top_k", ".input")
-            fixed = [line for line in changed if not line.startswith("model.moe.router.") or line.split(":")[0].endswith(shape)]
-            if fixed:
-                raise ConfigError(f"run_dir {self.config.run_dir}: its checkpoint is of another model; {'; '.join(fixed)}. Use another run_dir")
         if meta["data_fingerprint"] != self.fingerprint:
             raise ConfigError(
                 f"run_dir {self.config.run_dir}: its checkpoint was trained on other data (sources, weights, seq_len or seed differ), so the run "

@@ -1,6 +1,8 @@
 """Wrong input ends with a status that is not 0 and one line that names the field or file and says what to do; never with a traceback, and never
 with something lost or changed on disk."""
 
+# ruff: noqa: E501  (tables: one case per line)
+
 from __future__ import annotations
 
 import hashlib
@@ -72,7 +74,8 @@ def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def snapshot(folder: Path) -> dict[str, str]:
     return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder" for path in sorted(folder.rglob("*"))
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
     }
 
 
@@ -245,6 +248,7 @@ CASES: list[tuple[str, Callable[[Path], None], tuple[str, ...]]] = [
     ("prepare --prepare.inputs [] --prepare.output p", none, ("prepare.inputs", "at least 1 item")),
     ("prepare --prepare.inputs [text.txt] --prepare.output p --prepare.extensions []", none, ("prepare.extensions", "at least 1 item")),
     ("prepare --prepare.inputs [no.txt] --prepare.output p", none, ("input no.txt: no such file or folder",)),
+    ("prepare --prepare.inputs [/dev/zero] --prepare.output p", none, ("input /dev/zero: neither a folder nor a regular file",)),
     ("prepare --prepare.inputs text.txt --prepare.output p", none, ("prepare.inputs", "valid list", "'text.txt'")),
     ("prepare --prepare.inputs [l.jsonl] --prepare.output p --prepare.strict true", rewrite("l.jsonl", '{"text": "a"}\n{"text": \n'), ("l.jsonl:2", "bad JSON", "(strict)")),
     ("prepare --prepare.inputs [l.jsonl] --prepare.output p --prepare.text_key body", rewrite("l.jsonl", '{"text": "a"}\n'), ("no document found", "text_key")),
@@ -284,8 +288,8 @@ CASES: list[tuple[str, Callable[[Path], None], tuple[str, ...]]] = [
     (TRAIN + " --train.steps 6", damage(2, 4), ("no whole checkpoint in run/checkpoints", "step 4", "step 2", "checksum")),
     (TRAIN + " --train.steps 6", forget_checkpoint_meta, ("no whole checkpoint in run/checkpoints", "meta.json is missing")),
     (TRAIN + " --train.steps 6 --model.intermediate_size 24", none, ("run_dir run", "another model", "model.intermediate_size: 16 there, 24 here", "another run_dir")),
-    (TRAIN + " --train.steps 6 --model.hidden_size 16", none, ("run/checkpoints", "saved (", "wanted (")),
-    (TRAIN + " --train.steps 6 --model.num_layers 3", none, ("run/checkpoints", "not in the checkpoint", "layers.2")),
+    (TRAIN + " --train.steps 6 --model.hidden_size 16", none, ("run_dir run", "another model", "model.hidden_size: 8 there, 16 here")),
+    (TRAIN + " --train.steps 6 --model.num_layers 3", none, ("run_dir run", "another model", "model.num_layers: 2 there, 3 here")),
     (TRAIN + " --train.steps 6 --train.dtype float64", none, ("run/checkpoints", "float32", "float64")),
     (TRAIN + " --train.steps 6 --data.train.1.path a", none, ("run_dir run", "other data", "init_from")),
     (TRAIN + " --train.steps 6 --train.seed 4", none, ("run_dir run", "other data", "seed")),
@@ -302,7 +306,6 @@ CASES: list[tuple[str, Callable[[Path], None], tuple[str, ...]]] = [
     ("export --run_dir run", none, ("missing section: export",)),
     ("export --run_dir run --export.output dense", none, ("dense: exists and is not empty",)),
     ("export --run_dir nowhere --export.output out", none, ("run_dir nowhere: no checkpoint there",)),
-    ("export --run_dir run --export.output out", damage(2, 4), ("run/checkpoints", "checksum")),
     ("export --run_dir run --export.output out --export.dtype int8", none, ("export.dtype", "'float32', 'bfloat16' or 'float16'")),
 ]  # fmt: skip
 
@@ -318,6 +321,7 @@ def words_of(line: str) -> list[str]:
     return words
 
 
+@pytest.mark.filterwarnings("ignore:.*checkpoint .* is damaged")
 @pytest.mark.parametrize(("line", "spoil", "parts"), CASES, ids=[f"{i:02d}-{line[:60]}" for i, (line, _, _) in enumerate(CASES)])
 def test_one_clear_line(line: str, spoil: Callable[[Path], None], parts: tuple[str, ...], place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     spoil(place)
@@ -365,7 +369,10 @@ def test_generate(byte_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--run_dir", "run", "--generate.prompt", "def f(): # x", "--generate.max_new_tokens", "2"]) == 0
     assert capfd.readouterr().out.startswith("def f(): # x")
     for words, parts in (
-        (["--generate.prompt", "x" * 15, "--generate.max_new_tokens", "2"], ("generate.max_new_tokens (2)", "15 tokens", "max_position_embeddings (16)", "at most 1")),
+        (
+            ["--generate.prompt", "x" * 15, "--generate.max_new_tokens", "2"],
+            ("generate.max_new_tokens (2)", "15 tokens", "max_position_embeddings (16)", "at most 1"),
+        ),
         (["--generate.prompt", "x" * 99], ("99 tokens", "at most 0")),
         (["--generate.prompt", "a\ud800b"], ("generate.prompt", "not valid UTF-8")),
         (["--generate.temperature", "-1"], ("generate.temperature", "greater than or equal to 0")),
@@ -398,23 +405,51 @@ def test_damaged_newest_checkpoint_falls_back(place: Path, capfd: pytest.Capture
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
+def test_export_of_a_damaged_run(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The newest whole checkpoint is taken, and that it is not the newest is said; without a whole one nothing is written."""
+    damage(4)(place)
+    with pytest.warns(UserWarning, match="step-00000004 is damaged: .*checksum"):
+        assert main(words_of("export --run_dir run --export.output out")) == 0
+    assert "step-00000002 -> out" in capfd.readouterr().out
+    damage(2)(place)
+    before = snapshot(place)
+    assert main(words_of("export --run_dir run --export.output out2")) == 2
+    assert_clear(capfd.readouterr().err.splitlines()[-1], ("run", "no whole checkpoint"))
+    # Nor are the weights that the run started from handed out as its result.
+    assert main(words_of("export --run_dir run --init_from dense --export.output out2")) == 2
+    assert_clear(capfd.readouterr().err.splitlines()[-1], ("run", "no whole checkpoint"))
+    assert snapshot(place) == before
+
+
 def test_a_run_that_diverges(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Status 1, one line that says which step and what to do, checkpoints untouched."""
     before = snapshot(place / "run" / "checkpoints")
     capfd.readouterr()
     # The embedding of one token overflows, so every step's loss is NaN.
-    words = words_of(TRAIN + " --train.steps 40 --train.max_bad_steps 3 --train.lr 1e38 --train.grad_clip null --train.schedule.warmup_steps 0 --checkpoint.every 1000")
+    words = words_of(
+        TRAIN
+        + " --train.steps 40 --train.max_bad_steps 3 --train.lr 1e38 --train.grad_clip null --train.schedule.warmup_steps 0 --checkpoint.every 1000"
+    )
     assert main(words) == 1
     assert_clear(capfd.readouterr().err, ("not finite in 3 steps in a row", "lower train.lr"))
     assert snapshot(place / "run" / "checkpoints") == before
 
 
+def test_out_of_memory(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """An embedding of 320 TB, more than any process can address."""
+    assert main(words_of(FRESH + " --model.vocab_size 10_000_000_000_000")) == 1
+    assert_clear(capfd.readouterr().err, ("out of memory", "micro_batch_size", "activation_checkpointing: block"))
+
+
 def test_a_run_knows_its_model_when_its_start_weights_are_gone(place: Path) -> None:
-    """eval and export read the run's own config; the folder that it started from is of no account then."""
+    """Training goes on, and eval and export read the run's own config; the folder that it started from is of no account then."""
     words = FRESH.replace("c.yaml", "start.yaml")
-    (place / "start.yaml").write_text("data: {seq_len: 12, train: [{name: a, path: a}], eval: [{name: a, path: a}]}\ntrain: {steps: 1, global_batch_size: 2, micro_batch_size: 2}\n")
+    (place / "start.yaml").write_text(
+        "data: {seq_len: 12, train: [{name: a, path: a}], eval: [{name: a, path: a}]}\ntrain: {steps: 1, global_batch_size: 2, micro_batch_size: 2}\n"
+    )
     assert main([*words_of(words), "--init_from", "dense"]) == 0
     shutil.rmtree(place / "dense")
+    assert main([*words_of(words), "--init_from", "dense", "--train.steps", "2"]) == 0
     assert main(["eval", "--run_dir", "other"]) == 0
     assert main(["export", "--run_dir", "other", "--export.output", "out"]) == 0
     assert to_dict(ModelConfig.model_validate(json.loads((place / "out" / "config.json").read_text())["moetrain"]))["hidden_size"] == 8

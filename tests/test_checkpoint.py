@@ -488,7 +488,8 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
     """On a real file system of 300 KiB: OSError with path and reason, the old checkpoint loads, no temporary folder is left."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], capture_output=True).returncode == 0
+    command = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk]
+    mounted = shutil.which("mount") and subprocess.run(command, capture_output=True).returncode == 0
     if not mounted:
         pytest.skip("mounting a small tmpfs needs root")
     try:

@@ -7,14 +7,17 @@ import importlib.util
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from moetrain import __version__
+from moetrain.checkpoint import find_damage
 from moetrain.cli import COMMANDS, main
 from moetrain.config import load_config, parse_yaml, to_yaml
 from moetrain.convert.huggingface import read_config
@@ -57,12 +60,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(30):
         (place / "text" / f"{i}.txt").write_text(f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (3 + i % 5))
     (place / "dense.yaml").write_text(
-        "run_dir: runs/dense\n" + MODEL + COMMON + "train: {steps: 6, global_batch_size: 8, micro_batch_size: 4, lr: 3e-3, eval_every: 3}\nlog: {every: 2}\n"
+        "run_dir: runs/dense\n"
+        + MODEL
+        + COMMON
+        + "train: {steps: 6, global_batch_size: 8, micro_batch_size: 4, lr: 3e-3, eval_every: 3}\nlog: {every: 2}\n"
     )
     (place / "moe.yaml").write_text(
         "run_dir: runs/moe\ninit_from: upcycled\nmodel: {moe: {router: {target_active: 2.5, ste: sampled}}}\n" + COMMON
         + "train: {steps: 4, global_batch_size: 8, micro_batch_size: 4, lr: 1e-3, eval_every: 2}\n"
-        + f"log: {{every: 1, tensorboard: {str(has('tensorboard')).lower()}, wandb: {str(has('wandb')).lower()}, wandb_mode: offline, wandb_name: tiny}}\n"
+        + f"log: {{every: 1, tensorboard: {str(has('tensorboard')).lower()}, wandb: {str(has('wandb')).lower()}, "
+        + "wandb_mode: offline, wandb_name: tiny}\n"
     )  # fmt: skip
 
     said = moetrain(place, "prepare", "--prepare.inputs", "[text]", "--prepare.output", "data/text", "--prepare.validation_fraction", "0.2")
@@ -141,6 +148,36 @@ def test_sinks(place: Path) -> None:
         assert file.stat().st_size > 0 and (place / "runs/moe/wandb_id.txt").read_text() in file.name
 
 
+def test_interrupt(place: Path) -> None:
+    """Ctrl-C ends a run with status 130 and one line, and what it has saved is whole."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = [
+        "-m",
+        "moetrain",
+        "train",
+        "--config",
+        "dense.yaml",
+        "--run_dir",
+        "runs/interrupted",
+        "--train.steps",
+        "100000",
+        "--checkpoint.every",
+        "5",
+    ]
+    run = subprocess.Popen([*PYTHON, *words], cwd=place, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    folder = place / "runs/interrupted/checkpoints"
+    try:
+        while not list(folder.glob("step-????????")) and run.poll() is None:
+            time.sleep(0.05)
+        run.send_signal(signal.SIGINT)
+        _, said = run.communicate(timeout=60)
+    finally:
+        run.kill()
+        run.wait()
+    assert run.returncode == 130 and said.splitlines()[-1] == "moetrain: interrupted" and "Traceback" not in said, said
+    assert all(find_damage(path) is None for path in folder.glob("step-????????"))
+
+
 def test_torchrun_goes_on_with_two_ranks(place: Path) -> None:
     """The run that one process began, with the experts on two; and a wrong layout is one line per rank."""
     words = ["-m", "moetrain", "train", "--config", "moe.yaml", "--parallel.ep", "2", "--log.wandb", "false", "--log.tensorboard", "false"]
@@ -162,7 +199,9 @@ def test_deepspeed_launcher(place: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", port, "--module", "moetrain"]
-    done = start(place, "train", "--config", "dense.yaml", "--run_dir", "runs/deepspeed", "--train.steps", "2", "--train.eval_every", "1", launcher=launcher)
+    done = start(
+        place, "train", "--config", "dense.yaml", "--run_dir", "runs/deepspeed", "--train.steps", "2", "--train.eval_every", "1", launcher=launcher
+    )
     assert steps(place / "runs/deepspeed") == [1, 2] and "2 ranks on cpu" in done.stdout
 
 
@@ -176,7 +215,13 @@ def test_help(command: str, capfd: pytest.CaptureFixture[str]) -> None:
         assert main([command, flag]) == 0
         said = capfd.readouterr().out
         assert COMMANDS[command][0] in said and f"example: {COMMANDS[command][1]}" in said and f"moetrain {command}" in said
-    option = {"prepare": "prepare.inputs", "upcycle": "upcycle.method", "train": "train.schedule.type", "eval": "data.eval", "generate": "generate.top_p"}
+    option = {
+        "prepare": "prepare.inputs",
+        "upcycle": "upcycle.method",
+        "train": "train.schedule.type",
+        "eval": "data.eval",
+        "generate": "generate.top_p",
+    }
     option |= {"export": "export.output", "config": "schema", "doctor": "json"}
     assert f"  --{option[command]}" in said
     if command == "train":

@@ -1,6 +1,8 @@
 """The schema: what people write is read as they mean it, what can't work is refused with the field's name, what is printed reads back, and the
 sizes that are computed from a config are those of the model that is built from it."""
 
+# ruff: noqa: E501  (tables: one case per line)
+
 from __future__ import annotations
 
 import ast
@@ -124,7 +126,16 @@ def test_overrides(tmp_path: Path) -> None:
         "train: {steps: 10, global_batch_size: 8, micro_batch_size: 2, lr: 1e-3}\n"
         "data: {train: [{name: x, path: p}, {name: y, path: q}]}\n"
     )
-    words = ["--train.lr", "3e-4", "--train.schedule.warmup_steps=3", "--data.train.1.path", "r", "--resume=false", "--data.eval", "[{name: e, path: f}]"]
+    words = [
+        "--train.lr",
+        "3e-4",
+        "--train.schedule.warmup_steps=3",
+        "--data.train.1.path",
+        "r",
+        "--resume=false",
+        "--data.eval",
+        "[{name: e, path: f}]",
+    ]
     words += ["--parallel.dp_shard", "-1", "--train.grad_clip=null", "--generate.prompt", "def f(): # x", "--run_dir", "2024", "--init_from=null"]
     config = load_config(file, parse_overrides(words))
     assert config.train.lr == 3e-4 and config.train.steps == 10 and config.train.schedule.warmup_steps == 3 and config.train.grad_clip is None
@@ -158,7 +169,7 @@ def test_model_of_the_start_weights_is_the_default(tmp_path: Path) -> None:
     def load(tree: dict[str, Any]) -> ModelConfig:
         file = tmp_path / "c.yaml"
         file.write_text(json.dumps({"init_from": "folder", **tree}))
-        return load_config(file, model_from=lambda folder: json.loads(json.dumps(read[folder]))).model
+        return load_config(file, model_from=lambda folder, run_dir: json.loads(json.dumps(read[folder]))).model
 
     assert load({}).moe.router.controller_factor == 1.5
     assert load({"model": {"moe": {"router": {"threshold": 0.25}}}}).moe.router.target_active == 3.0
@@ -212,7 +223,13 @@ _topk = st.fixed_dictionaries(
 _rope = st.one_of(
     st.fixed_dictionaries({"type": st.just("linear"), "factor": _positive}),
     st.fixed_dictionaries(
-        {"type": st.just("llama3"), "factor": _positive, "low_freq_factor": _positive, "high_freq_factor": _positive, "original_max_position_embeddings": _count}
+        {
+            "type": st.just("llama3"),
+            "factor": _positive,
+            "low_freq_factor": _positive,
+            "high_freq_factor": _positive,
+            "original_max_position_embeddings": _count,
+        }
     ),
     st.fixed_dictionaries(
         {"type": st.just("yarn"), "factor": _positive, "original_max_position_embeddings": _count},
@@ -231,21 +248,36 @@ def trees(draw: st.DrawFn) -> dict[str, Any]:
     """What a user might write, valid by construction."""
     tree = draw(_some(run_dir=_text, init_from=st.none() | _text, resume=st.booleans()))
     sources = st.lists(st.fixed_dictionaries({"name": _text, "path": _text}), max_size=3, unique_by=lambda s: s["name"])
-    data = draw(_some(train=sources, eval=sources, isolate_documents=st.booleans(), prefetch=st.integers(0, 9), temperature=st.none() | st.floats(0, 1)))
+    data = draw(
+        _some(train=sources, eval=sources, isolate_documents=st.booleans(), prefetch=st.integers(0, 9), temperature=st.none() | st.floats(0, 1))
+    )
     if data.get("train") and data.get("temperature") is None and draw(st.booleans()):
         data["train"] = [{**s, "weight": draw(_positive)} for s in data["train"]]
     tree["data"] = {**data, "seq_len": draw(st.integers(2, 64))}
     if draw(st.booleans()):
         mixture = draw(st.none() | st.one_of(_sigmoid(), _topk))
-        tree["model"] = model(**draw(_some(rope_theta=_positive, rope_scaling=st.none() | _rope, norm_eps=_positive, init_std=_positive, qk_norm=st.booleans())))
-        tree["model"] |= draw(_some(tie_embeddings=st.booleans(), qkv_bias=st.booleans(), o_bias=st.booleans(), num_kv_heads=st.sampled_from([None, 1, 2])))
+        tree["model"] = model(
+            **draw(_some(rope_theta=_positive, rope_scaling=st.none() | _rope, norm_eps=_positive, init_std=_positive, qk_norm=st.booleans()))
+        )
+        tree["model"] |= draw(
+            _some(tie_embeddings=st.booleans(), qkv_bias=st.booleans(), o_bias=st.booleans(), num_kv_heads=st.sampled_from([None, 1, 2]))
+        )
         if draw(st.booleans()):
             tree["model"] |= {"sliding_window": draw(_count), **draw(_some(sliding_layers=st.none() | st.lists(st.integers(0, 1))))}
         if mixture is not None:
             tree["model"]["moe"] = {"num_experts": 8, "expert_dim": draw(_count), "router": mixture}
     if draw(st.booleans()):
         tree["train"] = train(
-            **draw(_some(lr=_positive, schedule=_schedule, grad_clip=st.none() | _positive, seed=st.integers(0, 2**62), eps=_positive, beta1=st.floats(0, 0.99)))
+            **draw(
+                _some(
+                    lr=_positive,
+                    schedule=_schedule,
+                    grad_clip=st.none() | _positive,
+                    seed=st.integers(0, 2**62),
+                    eps=_positive,
+                    beta1=st.floats(0, 0.99),
+                )
+            )
         )
     tree |= draw(
         _some(
@@ -291,7 +323,9 @@ def test_json_schema() -> None:
         tree = parse_yaml(file.read_text(encoding="utf-8"), str(file))
         found = [e for e in validator.iter_errors(tree) if not _model_is_elsewhere(tree, e)]
         assert not found, (file, found)
-        validator.validate(json.loads(json.dumps(schema.to_dict(config_from_dict({k: v for k, v in tree.items() if k != "model" or "init_from" not in tree})))))
+        validator.validate(
+            json.loads(json.dumps(schema.to_dict(config_from_dict({k: v for k, v in tree.items() if k != "model" or "init_from" not in tree}))))
+        )
         assert not validator.is_valid({**tree, "run_dirr": "x"})
     for wrong in ({"train": {"step": 1}}, {"model": moe({"type": "topk", "topk": 2})}, {"log": {"every": 0}}, {"resume": "yes"}):
         assert not validator.is_valid(wrong)

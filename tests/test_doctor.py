@@ -28,7 +28,8 @@ def packages(tmp_path, monkeypatch):
         "good_one": "",
         "raising": "raise RuntimeError('first line\\nsecond line')",
         "no_library": "raise ImportError('libcudart.so.99: cannot open shared object file')",
-        "noisy": "import sys\nprint('hello', file=sys.stderr)\ntry:\n    1 / 0\nexcept ZeroDivisionError:\n    raise KeyError('inner')\nfinally:\n    print('bye', file=sys.stderr)",
+        "noisy": "import sys\nprint('hello', file=sys.stderr)\ntry:\n    1 / 0\nexcept ZeroDivisionError:\n"
+        "    raise KeyError('inner')\nfinally:\n    print('bye', file=sys.stderr)",
         "aborting": "import os\nos.abort()",
         "leaving": "import sys\nsys.exit(3)",
     }

@@ -23,7 +23,10 @@ def _record(step: int, **more) -> dict:
     return {
         "step": step, "loss": 1 / 3 + step, "lm": math.pi / step, "sparsity": 0.25, "sparsity_coef": 1e-3, "grad_norm": 0.5, "lr": 3e-4 / step,
         "tokens": 1000 * step, "tokens_per_s": 41234.5, "step_s": 0.5, "data_s": 0.01, "skipped": False,
-        "moe": {"active": [2.5, 1.5], "active_std": [0.1, 0.2], "load_max_mean": [1.5, 1.25], "dead": [0, 2], "probe_share": [0.2, 0.2], "empty": [0.0, 0.02]},
+        "moe": {
+            "active": [2.5, 1.5], "active_std": [0.1, 0.2], "load_max_mean": [1.5, 1.25],
+            "dead": [0, 2], "probe_share": [0.2, 0.2], "empty": [0.0, 0.02],
+        },  # fmt: skip
         "sources": {"code": {"loss": 2.0, "tokens": 600}, "prose": {"loss": 3.0, "tokens": 400}},
     } | more  # fmt: skip
 
@@ -77,7 +80,14 @@ def test_floats_survive_bit_for_bit(tmp_path):
     values = [0.1, 1 / 3, 1e-310, 5e-324, -0.0, 1.7976931348623157e308, math.inf, -math.inf, math.nan]
     sink = Metrics(tmp_path, LogConfig(), resolved=RESOLVED, console=False)
     for step, value in enumerate(values, 1):
-        sink.log({"step": step, "loss": value, "t": torch.tensor(value, dtype=torch.float64), "moe": {"active": torch.tensor([value, 1.0], dtype=torch.float64)}})
+        sink.log(
+            {
+                "step": step,
+                "loss": value,
+                "t": torch.tensor(value, dtype=torch.float64),
+                "moe": {"active": torch.tensor([value, 1.0], dtype=torch.float64)},
+            }
+        )
     sink.close()
     for value, record in zip(values, read_records(tmp_path), strict=True):
         for found in (record["loss"], record["t"], record["moe"]["active"][0]):
@@ -115,7 +125,14 @@ def test_console_every_n_steps(tmp_path, capsys):
         sink.log(_record(step, skipped=step == 13, **({"eval": {"val": {"loss": 2.0, "perplexity": 7.389}}} if step == 15 else {})))
     sink.close()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" |")[0] for line in lines] == ["step 1/25", "step 10/25", "step 13/25 SKIPPED (not finite)", "  eval val: loss 2.0000 perplexity 7.39", "step 20/25", "step 25/25"]
+    assert [line.split(" |")[0] for line in lines] == [
+        "step 1/25",
+        "step 10/25",
+        "step 13/25 SKIPPED (not finite)",
+        "  eval val: loss 2.0000 perplexity 7.39",
+        "step 20/25",
+        "step 25/25",
+    ]
     Metrics(tmp_path, LogConfig(every=1), resolved=RESOLVED, console=False).log(_record(1))
     assert capsys.readouterr().out == ""
 
@@ -129,7 +146,10 @@ def test_console_line():
     )
     dense = {"step": 4, "loss": 2.0, "lm": 2.0, "grad_norm": 1.0, "lr": 1e-3}
     nan = math.nan
-    assert console_line(dense, steps=None, devices=1, step_s=nan, data_s=nan, tokens_per_s=nan) == "step 4 | loss 2.0000 (lm 2) | gnorm 1 | lr 0.001 | ? tok/s"
+    assert (
+        console_line(dense, steps=None, devices=1, step_s=nan, data_s=nan, tokens_per_s=nan)
+        == "step 4 | loss 2.0000 (lm 2) | gnorm 1 | lr 0.001 | ? tok/s"
+    )
 
 
 @pytest.mark.parametrize("seconds, text", [(0.2, "0s"), (59.6, "1m"), (3600, "1h"), (3725, "1h2m"), (86400 * 2 + 3600 * 5, "2d5h")])
@@ -210,7 +230,14 @@ def test_plots(tmp_path):
     with pytest.raises(ValueError, match="has no records yet"):
         plots(tmp_path, tmp_path / "out")
     for step in range(1, 6):
-        sink.log(_record(step, skipped=step == 2, loss=math.nan if step == 2 else 1.0, **({"eval": {"val": {"loss": 2.0, "perplexity": 7.4}}} if step in (2, 4) else {})))
+        sink.log(
+            _record(
+                step,
+                skipped=step == 2,
+                loss=math.nan if step == 2 else 1.0,
+                **({"eval": {"val": {"loss": 2.0, "perplexity": 7.4}}} if step in (2, 4) else {}),
+            )
+        )
     sink.close()
     paths = plots(tmp_path, tmp_path / "out")
     assert [p.name for p in paths] == ["loss.png", "active_experts.png"]

@@ -250,6 +250,8 @@ def _plan(
         path = Path(name)
         if not path.exists():
             raise ValueError(f"input {name}: no such file or folder")
+        if not (path.is_dir() or path.is_file()):
+            raise ValueError(f"input {name}: neither a folder nor a regular file; write it to a file first")
         group: list[tuple[str, int, int]] = []
         count = 0
         for file in _walk(path, extensions, exclude, skipped, parts) if path.is_dir() else [path]:
