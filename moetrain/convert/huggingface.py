@@ -144,8 +144,9 @@ def _differences(full: ModelConfig, stock: ModelConfig) -> Iterator[tuple[str, A
         if full.moe.router.type != stock.moe.router.type:
             yield "moe.router.type", full.moe.router.type, stock.moe.router.type
             return
-        for name in ("top_k", "normalize", "output_scale"):
-            if getattr(full.moe.router, name) != getattr(stock.moe.router, name):
+        # What a stock architecture has no words for is at its default there, and must be here.
+        for name in ("top_k", "score", "gate", "normalize", "output_scale", "selection_bias", "num_groups"):
+            if getattr(full.moe.router, name, None) != getattr(stock.moe.router, name, None):
                 yield f"moe.router.{name}", getattr(full.moe.router, name), getattr(stock.moe.router, name)
 
 
@@ -325,7 +326,8 @@ def _read_rope(raw: dict[str, Any], given: dict[str, Any], kind: str, path: Path
 
 @dataclass(frozen=True)
 class _Stored:
-    """How one of our parameters lies in a file: the concatenation of these keys along dim 0, each of this shape, seen in our shape."""
+    """How one of our parameters lies in a file: the concatenation of these keys along dim 0, each of this shape, seen in our shape. No key: it
+    is not in the file, and 0 when read."""
 
     keys: tuple[str, ...]
     shape: tuple[int, ...]
@@ -339,6 +341,9 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _layouts(name: str, shape: tuple[int, ...], mixtral: bool) -> list[_Stored]:
     """Every layout in which a parameter is found, the one to write first."""
+    if name.endswith("router.noise"):
+        # Of use in training alone, and no stock architecture has a place for it; it starts at 0.
+        return [_Stored((), shape)]
     if ".ffn." not in name or not (".router." in name or ".experts." in name):
         return [_Stored((_dense_key(name),), shape)]
     _, layer, _, part, kind = name.split(".")
@@ -392,7 +397,7 @@ def _read_planned(
 ) -> Iterator[tuple[str, Tensor]]:
     with files:
         for name, shape, stored in plan:
-            parts = [where[key].get_tensor(key) for key in stored.keys]
+            parts = [where[key].get_tensor(key) for key in stored.keys] or [torch.zeros(shape)]
             yield name, (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
 
 
@@ -412,7 +417,7 @@ def _plan(folder: Path, config: ModelConfig, files: ExitStack) -> tuple[list[tup
     plan, missing, used = [], [], set()
     for name, shape in parameter_shapes(config).items():
         # Of the layouts the one of which most is there, so that a single lost expert is named and not the whole layer.
-        stored = max(_layouts(name, shape, False), key=lambda s: sum(k in where for k in s.keys) / len(s.keys))
+        stored = max(_layouts(name, shape, False), key=lambda s: sum(k in where for k in s.keys) / max(1, len(s.keys)))
         missing += [key for key in stored.keys if key not in where]
         used.update(stored.keys)
         plan.append((name, shape, stored))
@@ -479,6 +484,8 @@ def architecture(config: ModelConfig) -> str:
     biased = c.qkv_bias or c.o_bias
     if c.moe is not None:
         if not isinstance(c.moe.router, TopKRouter) or not all_or_none or c.mlp_bias:
+            return "moetrain"
+        if c.moe.router.score != "softmax" or c.moe.router.gate != "linear":
             return "moetrain"
         if not c.qk_norm and not biased and c.moe.router.normalize:
             return "mixtral"
@@ -598,7 +605,8 @@ def write_model(
     """Write a Hugging Face folder that AutoModelForCausalLM loads; returns its files.
 
     tensors: (our name, tensor) of every parameter, once, in any order; memory is one shard. dtype: None keeps each tensor's. A top-k
-    router's output_scale is multiplied into the experts' down projections, since no stock architecture has it. tokenizer: written beside,
+    router's output_scale is multiplied into the experts' down projections, since no stock architecture has it; the weights of its noise,
+    which only training has, are left out and are 0 when the folder is read. tokenizer: written beside,
     its special tokens named in config.json. source: a Hugging Face folder whose tokenizer files and special tokens are taken over instead.
     The folder appears under its name only when it is whole. ValueError if it exists and is not empty.
     """
@@ -656,10 +664,15 @@ def _write_weights(
         tensor = tensor.detach()
         if scale != 1.0 and name.endswith("experts.down"):
             tensor = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * scale).to(tensor.dtype)
-        tensor = tensor.to("cpu", dtype or tensor.dtype).contiguous()
+        wanted = dtype or tensor.dtype
+        if name.endswith("router.selection_bias"):
+            wanted = torch.promote_types(wanted, torch.float32)  # a step of 0.001 is lost in bfloat16
+        tensor = tensor.to("cpu", wanted).contiguous()
         if stored_dtype is None and name == "embed.weight":
             stored_dtype = tensor.dtype
         layout = _layouts(name, shapes[name], mixtral)[0]
+        if not layout.keys:
+            continue
         for key, part in zip(layout.keys, tensor.view(len(layout.keys), *layout.shape).unbind(), strict=True):
             if shard and shard_bytes + part.nbytes > max_shard_bytes:
                 flush()
