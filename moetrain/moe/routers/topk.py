@@ -6,7 +6,7 @@ written from background knowledge of the papers (DeepSeek-V3's bias rule was che
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -56,9 +56,9 @@ class TopK(nn.Module):
             # LLaMA-MoE 4.1: N(0, 1) (softplus(x W_noise) + 0.01), W_noise starts at 0.
             std = softplus(linear(x, self.noise.to(x.dtype))) + 1e-2
             logits = clean + self.draw(normal, context, NOISE, self.num_experts).to(x.dtype) * std
-        decision: Decision = recorded(lambda: self.decide(logits.detach(), context))
+        scores = torch.sigmoid(logits) if options.score == "sigmoid" else torch.softmax(logits, -1)
+        decision: Decision = recorded(lambda: self.decide(logits.detach(), scores.detach(), context))
         chosen = decision.active if decision.chosen is None else decision.chosen
-        scores = self.scores(logits)
         weights = scores * chosen
         if options.normalize:
             # A row without routes is padding: 0 / 1.
@@ -88,21 +88,18 @@ class TopK(nn.Module):
         hidden = linear(x, weight)
         return hidden if self.output is None else linear(torch.tanh(hidden), self.output.to(x.dtype))
 
-    def scores(self, logits: Tensor) -> Tensor:
-        return torch.sigmoid(logits) if self.options.score == "sigmoid" else torch.softmax(logits, -1)
-
     def score_shares(self, scores: Tensor, context: TokenContext) -> Tensor:
         """(T, E), rows with sum 1, padding 0."""
         if self.options.score == "sigmoid":
             scores = scores / scores.sum(-1, keepdim=True).clamp(min=1e-20)
         return scores if context.valid is None else scores * context.valid[:, None]
 
-    def draw(self, kind, context: TokenContext, use: int, n: int) -> Tensor:
+    def draw(self, kind: Callable[[Tensor, int, int], Tensor], context: TokenContext, use: int, n: int) -> Tensor:
         assert context.keys is not None, "routers draw from TokenContext.keys"
         return kind(context.keys, stream(self.layer, use), n)
 
-    def decide(self, logits: Tensor, context: TokenContext) -> Decision:
-        options, scores = self.options, self.scores(logits)
+    def decide(self, logits: Tensor, scores: Tensor, context: TokenContext) -> Decision:
+        options = self.options
         # Logits order the experts as their softmax does, with fewer ties.
         ranking = logits if options.score == "softmax" else scores
         if self.selection_bias is not None:
