@@ -179,7 +179,9 @@ class ModelConfig(_Section):
     mlp_bias: bool = False
     """Bias on the dense FFN's projections (LLaMA with mlp_bias)."""
     qk_norm: bool = False
-    """RMSNorm over each query and key head (Qwen3)."""
+    """RMSNorm of queries and keys before the rotation."""
+    qk_norm_over: Literal["head", "all"] = "head"
+    """`qk_norm` only: over each head by itself (Qwen3), or over all heads together (OLMoE)."""
     sliding_window: Positive | None = None
     """Positions a token sees back, itself included; null: all."""
     sliding_layers: list[int] | None = None
@@ -210,7 +212,7 @@ class ModelConfig(_Section):
                 router += self.moe.num_experts**2 * (self.moe.router.gate == "mlp")
                 # The noise is for training alone: parameters, but no work of a forward pass.
                 small += self.moe.num_experts * (self.moe.router.selection_bias + D * self.moe.router.noise)
-        small += 2 * D + self.qkv_bias * (q + 2 * kv) + self.o_bias * D + self.qk_norm * 2 * self.head_size
+        small += 2 * D + self.qkv_bias * (q + 2 * kv) + self.o_bias * D + self.qk_norm * (2 * self.head_size if self.qk_norm_over == "head" else q + kv)
         head = self.vocab_size * D
         matrices = self.num_layers * (attention + ffn + router) + head
         others = self.num_layers * small + D + (0 if self.tie_embeddings else self.vocab_size * D)
@@ -705,6 +707,8 @@ def _check_model(model: ModelConfig, parallel: ParallelConfig, bad: list[str]) -
         bad.append(f"model.head_dim ({model.head_size}) must be even for rotary embeddings")
     if model.num_heads % model.kv_heads:
         bad.append(f"model.num_heads ({model.num_heads}) must be a multiple of model.num_kv_heads ({model.kv_heads})")
+    if "qk_norm_over" in model.model_fields_set and not model.qk_norm:
+        bad.append(f"model.qk_norm_over ({model.qk_norm_over}) has an effect only with qk_norm: true")
     if model.sliding_layers is not None:
         if model.sliding_window is None:
             bad.append("model.sliding_layers has an effect only with model.sliding_window")
@@ -855,6 +859,8 @@ def _idle(section: BaseModel) -> set[str]:
         idle |= set() if section.bias else {"bias_init"}
         idle |= set() if section.target_active is not None else {"controller_factor"}
         idle |= set() if section.rescale == "count" else {"rescale_gradient", "rescale_in_eval"}
+    if isinstance(section, ModelConfig):
+        idle |= set() if section.qk_norm else {"qk_norm_over"}
     if isinstance(section, TopKRouter):
         idle |= set() if section.gate == "cosine" else {"cosine_temperature"}
         idle |= set() if section.selection_bias else {"bias_rate"}

@@ -60,6 +60,7 @@ _FAMILIES = {
     "mistral": _Family(positions=131072, window=True, window_default=4096),
     "qwen2": _Family(window_switch=True, window_default=4096),
     "qwen3": _Family(head_dim=128, window_switch=True, window_default=4096, attention_bias=True),
+    "olmoe": _Family(eps=1e-5, positions=4096, kv_heads_optional=True, attention_bias=True),
     "mixtral": _Family(eps=1e-5, theta=1e6, positions=131072, window=True),
     "qwen3_moe": _Family(window_switch=True, window_default=4096, attention_bias=True),
 }
@@ -72,6 +73,7 @@ _ONLY = {
     "router_jitter_noise": 0.0,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
+    "clip_qkv": None,
     "is_encoder_decoder": False,
 }
 _ROPE_KEYS = {
@@ -219,16 +221,21 @@ def _read_stock(raw: dict[str, Any], kind: str, path: Path) -> dict[str, Any]:
         "qkv_bias": bias or kind == "qwen2",
         "o_bias": bias,
         "mlp_bias": given.get("mlp_bias", False),
-        "qk_norm": kind in ("qwen3", "qwen3_moe"),
+        "qk_norm": kind in ("qwen3", "qwen3_moe", "olmoe"),
         "sliding_window": window,
         "sliding_layers": sliding,
     }
+    if kind == "olmoe":
+        model["qk_norm_over"] = "all"
     # 0 is what some configs have that were made without random weights in mind; ours must be positive.
     if given.get("initializer_range"):
         model["init_std"] = given["initializer_range"]
     if kind == "mixtral":
         router = {"type": "topk", "top_k": given.get("num_experts_per_tok", 2), "normalize": True}
         model["moe"] = {"num_experts": need("num_local_experts", "num_experts"), "expert_dim": need("intermediate_size"), "router": router}
+    elif kind == "olmoe":
+        router = {"type": "topk", "top_k": given.get("num_experts_per_tok", 8), "normalize": given.get("norm_topk_prob", False)}
+        model["moe"] = {"num_experts": given.get("num_experts", 64), "expert_dim": need("intermediate_size"), "router": router}
     elif kind == "qwen3_moe":
         router = {"type": "topk", "top_k": need("num_experts_per_tok"), "normalize": given.get("norm_topk_prob", False)}
         model["moe"] = {
@@ -489,9 +496,12 @@ def architecture(config: ModelConfig) -> str:
             return "moetrain"
         if not c.qk_norm and not biased and c.moe.router.normalize:
             return "mixtral"
+        if c.qk_norm and c.qk_norm_over == "all":
+            plain = not sliding and c.qkv_bias == c.o_bias and c.num_heads * c.head_size == c.hidden_size
+            return "olmoe" if plain else "moetrain"
         return "qwen3_moe" if c.qk_norm and c.qkv_bias == c.o_bias else "moetrain"
     if c.qk_norm:
-        return "qwen3" if c.qkv_bias == c.o_bias and not c.mlp_bias else "moetrain"
+        return "qwen3" if c.qk_norm_over == "head" and c.qkv_bias == c.o_bias and not c.mlp_bias else "moetrain"
     # transformers refuses a LLaMA whose hidden size its heads don't divide, head_dim or not.
     if not sliding and c.qkv_bias == c.o_bias and c.hidden_size % c.num_heads == 0:
         return "llama"
@@ -509,6 +519,7 @@ _CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
     "moetrain": "MoetrainForCausalLM",
 }
 
@@ -548,7 +559,7 @@ def config_json(config: ModelConfig, dtype: torch.dtype, special: dict[str, Any]
         return raw
     raw["rope_theta"] = c.rope_theta
     raw["rope_scaling"] = _rope_scaling(c)
-    if kind in ("llama", "qwen3", "qwen3_moe"):
+    if kind in ("llama", "qwen3", "qwen3_moe", "olmoe"):
         raw["attention_bias"] = c.qkv_bias
     if kind == "llama":
         raw["mlp_bias"] = c.mlp_bias
@@ -566,6 +577,10 @@ def config_json(config: ModelConfig, dtype: torch.dtype, special: dict[str, Any]
         if kind == "mixtral":
             raw["num_local_experts"] = c.moe.num_experts
             raw["intermediate_size"] = c.moe.expert_dim
+        elif kind == "olmoe":
+            raw["num_experts"] = c.moe.num_experts
+            raw["intermediate_size"] = c.moe.expert_dim
+            raw["norm_topk_prob"] = c.moe.router.normalize
         else:
             raw["num_experts"] = c.moe.num_experts
             raw["moe_intermediate_size"] = c.moe.expert_dim

@@ -58,6 +58,8 @@ FAMILIES = {
         hf.Qwen3MoeConfig,
         dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=16, norm_topk_prob=True),
     ),
+    "olmoe": (hf.OlmoeConfig, dict(num_experts=4, num_experts_per_tok=2)),
+    "olmoe_normalized_bias": (hf.OlmoeConfig, dict(num_experts=5, num_experts_per_tok=3, norm_topk_prob=True, attention_bias=True)),
     "qwen3_moe_unnormalized": (
         hf.Qwen3MoeConfig,
         dict(
@@ -390,6 +392,10 @@ def test_architecture_by_features():
         (small(moe=topk(output_scale=2.0)), "mixtral"),
         (small(moe=topk(normalize=False)), "moetrain"),
         (small(moe=topk(normalize=False), qk_norm=True), "qwen3_moe"),
+        (small(moe=topk(), qk_norm=True, qk_norm_over="all"), "olmoe"),
+        (small(moe=topk(), qk_norm=True, qk_norm_over="all", head_dim=16), "moetrain"),  # OLMoE's norm is as wide as the model
+        (small(moe=topk(), qk_norm=True, qk_norm_over="all", sliding_window=4), "moetrain"),
+        (small(qk_norm=True, qk_norm_over="all"), "moetrain"),
         (small(moe=topk(), qk_norm=True, qkv_bias=True), "moetrain"),
         (small(moe=topk(), sliding_window=4, sliding_layers=[1]), "moetrain"),
         (small(moe=sigmoid, qk_norm=True), "moetrain"),

@@ -36,6 +36,7 @@ MODELS = {
     "biases_llama3": dict(router=SigmoidSteRouter(), qkv_bias=True, o_bias=True, rope_scaling=LLAMA3),
     "window_all_linear": dict(router=SigmoidSteRouter(), sliding_window=4, rope_scaling=LINEAR),
     "window_some": dict(router=SigmoidSteRouter(), sliding_window=4, sliding_layers=[1], head_dim=16),
+    "norm_over_all": dict(router=SigmoidSteRouter(), qk_norm=True, qk_norm_over="all", head_dim=16),
     "one_expert": dict(router=SigmoidSteRouter(), num_experts=1),
     "dense": dict(router=None, qk_norm=True, mlp_bias=True, sliding_window=4, sliding_layers=[0]),
 }

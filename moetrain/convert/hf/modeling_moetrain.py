@@ -110,15 +110,19 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, K * C, bias=config["qkv_bias"])
         self.v_proj = nn.Linear(D, K * C, bias=config["qkv_bias"])
         self.o_proj = nn.Linear(H * C, D, bias=config["o_bias"])
-        self.q_norm = RMSNorm(C, config["norm_eps"]) if config["qk_norm"] else None
-        self.k_norm = RMSNorm(C, config["norm_eps"]) if config["qk_norm"] else None
+        self.norm_over_all = config["qk_norm"] and config.get("qk_norm_over") == "all"
+        widths = (H * C, K * C) if self.norm_over_all else (C, C)
+        self.q_norm, self.k_norm = (RMSNorm(width, config["norm_eps"]) if config["qk_norm"] else None for width in widths)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, start: int, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
         """x: (B, S, D). start: positions already in the cache. attention_mask: (B, >= start + S), 0 on padding, or (B, 1, S, L) bool."""
         B, S, _ = x.shape
         q, k, v = (p(x).view(B, S, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            if self.norm_over_all:
+                q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
+            else:
+                q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = _rotate(q, cos, sin).transpose(1, 2), _rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             # transformers 4 wants to be told where a static cache goes on; 5 knows and ignores it.
