@@ -167,6 +167,9 @@ def test_model_of_the_start_weights_is_the_default(tmp_path: Path) -> None:
     assert load({"model": {"moe": {"router": {"type": "topk", "top_k": 2}}}}).moe.router.top_k == 2
     with pytest.raises(ConfigError, match="probe_rate .* only with ste: sampled"):
         load({"model": {"moe": {"router": {"ste": "exact", "probe_rate": 0.5}}}})
+    read["folder"] = moe({"type": "topk", "top_k": 2, "gate": "cosine", "cosine_temperature": 0.1, "capacity_factor": 1.0, "drop": "random"})
+    changed = load({"model": {"moe": {"router": {"capacity_factor": None}}}}).moe.router
+    assert changed.capacity_factor is None and changed.cosine_temperature == 0.1
     for wrong in ("x", 3, [1]):
         with pytest.raises(ConfigError, match="model: must be a section"):
             load({"model": wrong})

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moetrain.config import Config, ScheduleConfig, config_from_dict
+from moetrain.config import Config, ConfigError, ScheduleConfig, config_from_dict
 from moetrain.data.dataset import IGNORE, BlendedDataset, Source
 from moetrain.data.indexed import IndexedWriter
 from moetrain.model import Transformer, init_weights
@@ -246,6 +246,16 @@ def test_awkward_routes(how, layout, data, tmp_path):
             assert moe["dead"][0] >= 4 and moe["active"][0] > 0
 
 
+def test_awkward_choices(data, tmp_path):
+    """First choices of all tokens are one expert, which drops most of them; ranks without a route."""
+    routers = ["switch", "gshard", "llama_moe", "deepseek"]
+    configs = [make_config(data, router, (1, 1, 4), run_dir=str(tmp_path / router)) for router in routers]
+    for router, config, got in zip(routers, configs, start(configs, "one expert")):
+        assert_same(got, wanted(config, router, "one expert"), config.train.grad_clip)
+        dropped = got["records"][0]["moe"]["dropped"][0]
+        assert dropped == 0 if router == "deepseek" else dropped > 0.5
+
+
 @pytest.mark.parametrize("layout", [(1, 1, 1), (1, 2, 2)], ids=layout_id)
 def test_checkpointed_blocks_replay_their_routes(layout, data, tmp_path):
     """Activation checkpointing changes no number."""
@@ -264,6 +274,22 @@ def test_save_then_load_under_another_layout(first, second, data, tmp_path):
     for router, config, got in zip(routers, configs, start(configs, "mixed")):
         assert len(got["records"]) == 1
         assert_same(got, wanted(config, router, "mixed"), config.train.grad_clip, first=2)
+
+
+def test_a_resumed_router_may_train_otherwise_but_not_compute_otherwise(data, tmp_path):
+    """DeepSeek-V3 ends with a bias rate of 0: the bias goes on from the checkpoint and stands still. Other groups are another model."""
+
+    def config(**changes: Any) -> Config:
+        return make_config(data, "deepseek", run_dir=str(tmp_path / "run"), **changes)
+
+    before = rank_main(config(), "mixed", steps=2, save=True)["weights"]
+    with pytest.raises(ConfigError, match=r"another model; model.moe.router.top_groups: 2 there, 4 here"):
+        Trainer(config(model__moe__router__top_groups=4), console=False)
+    after = rank_main(config(model__moe__router__bias_rate=0.0), "mixed")["weights"]
+    name = "layers.0.ffn.router.selection_bias"
+    # Two steps of -0.05, 0 or 0.05 each.
+    assert np.abs(before[name]).max() > 0.04 and np.array_equal(before[name], after[name])
+    assert not np.array_equal(before["layers.0.ffn.router.weight"], after["layers.0.ffn.router.weight"])
 
 
 def test_a_bad_step_is_skipped_on_all_ranks(data, tmp_path):
