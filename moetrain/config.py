@@ -212,7 +212,8 @@ class ModelConfig(_Section):
                 router += self.moe.num_experts**2 * (self.moe.router.gate == "mlp")
                 # The noise is for training alone: parameters, but no work of a forward pass.
                 small += self.moe.num_experts * (self.moe.router.selection_bias + D * self.moe.router.noise)
-        small += 2 * D + self.qkv_bias * (q + 2 * kv) + self.o_bias * D + self.qk_norm * (2 * self.head_size if self.qk_norm_over == "head" else q + kv)
+        norms = 2 * self.head_size if self.qk_norm_over == "head" else q + kv
+        small += 2 * D + self.qkv_bias * (q + 2 * kv) + self.o_bias * D + self.qk_norm * norms
         head = self.vocab_size * D
         matrices = self.num_layers * (attention + ffn + router) + head
         others = self.num_layers * small + D + (0 if self.tie_embeddings else self.vocab_size * D)

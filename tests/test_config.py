@@ -408,7 +408,8 @@ def test_every_rule_has_a_case() -> None:
     source = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
     rules = 0
     for function in source.body:
-        if isinstance(function, ast.FunctionDef) and function.name in ("check", "check_world", "_check_model", "_check_sigmoid", "_check_topk", "_check_upcycle"):
+        names = ("check", "check_world", "_check_model", "_check_sigmoid", "_check_topk", "_check_upcycle")
+        if isinstance(function, ast.FunctionDef) and function.name in names:
             for call in ast.walk(function):
                 if isinstance(call, ast.Call) and ast.unparse(call.func) in ("bad.append", "ConfigError"):
                     template = _template(call.args[0])
