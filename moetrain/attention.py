@@ -336,7 +336,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Self-attention of one layer: projections, optional norms of query and key heads, rotary positions."""
+    """Self-attention of one layer: projections, optional norms of queries and keys, rotary positions."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -348,15 +348,19 @@ class Attention(nn.Module):
         self.k_proj = Linear(D, config.kv_heads * C, config.qkv_bias)
         self.v_proj = Linear(D, config.kv_heads * C, config.qkv_bias)
         self.o_proj = Linear(config.num_heads * C, D, config.o_bias)
-        self.q_norm = RMSNorm(C, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(C, config.norm_eps) if config.qk_norm else None
+        self.norm_over_all = config.qk_norm_over == "all"
+        widths = (config.num_heads * C, config.kv_heads * C) if self.norm_over_all else (C, C)
+        self.q_norm, self.k_norm = (RMSNorm(width, config.norm_eps) if config.qk_norm else None for width in widths)
 
     def forward(self, x: Tensor, layout: Layout, cache: KVCache | None = None) -> Tensor:
         """x: (B, S, D), normed. Returns (B, S, D) in the dtype of x."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            if self.norm_over_all:
+                q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
+            else:
+                q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, layout.cos, layout.sin), rotate(k, layout.cos, layout.sin)
         out = attend(q, k, v, layout, self.window) if cache is None else cache.attend(self.layer, q, k, v, self.window)
         return self.o_proj(out.reshape(*x.shape[:2], -1))

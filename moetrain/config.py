@@ -94,16 +94,50 @@ class SigmoidSteRouter(_Section):
 
 
 class TopKRouter(_Section):
-    """Softmax over experts, the k largest route (Mixtral, LLaMA-MoE without noise)."""
+    """The k experts of the largest scores route: Switch, GShard, LLaMA-MoE, Mixtral, DeepSeek-V3 (the recipes in configs/ set them up)."""
 
     type: Literal["topk"] = "topk"
     top_k: Positive
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """A token's score of an expert, from the gate's logits: softmax over all experts, or a sigmoid of each (DeepSeek-V3)."""
+    gate: Literal["linear", "mlp", "cosine"] = "linear"
+    """Logits of a token x: W x; V tanh(W x) (LLaMA-MoE); or cosines of x and the experts' rows over `cosine_temperature`."""
+    cosine_temperature: PositiveFloat = 0.3
+    """`gate: cosine` only."""
+    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """In training each component of the router's input is multiplied by a draw from [1 - jitter, 1 + jitter] (Switch: 0.01)."""
+    noise: bool = False
+    """In training logits get normal noise whose size the router learns (noisy top-k, LLaMA-MoE)."""
+    second: Literal["always", "random"] = "always"
+    """`top_k: 2` only: in training the second expert is used with probability min(1, 2 g2), g2 its share of the two scores (GShard: random)."""
     normalize: bool = True
-    """Divide the k weights by their sum (the same as a softmax over the k logits); false keeps the softmax over all experts."""
+    """Divide the k weights by their sum (for softmax the same as a softmax over the k logits); false keeps the scores. With one expert per
+    token it must be false for the router to learn from the model's loss (Switch)."""
     output_scale: PositiveFloat = 1.0
-    """Every weight is multiplied by it; LLaMA-MoE uses num_experts / top_k."""
+    """Every weight is multiplied by it; LLaMA-MoE uses num_experts / top_k, DeepSeek-V3 2.5."""
+    selection_bias: bool = False
+    """`score: sigmoid` only: what chooses is score + bias; after each step a bias rises where the load was below the mean and falls where it
+    was above (DeepSeek-V3)."""
+    bias_rate: NonNegativeFloat = 1e-3
+    """`selection_bias` only: the change of a bias in a step (gamma)."""
+    num_groups: Positive = 1
+    """`score: sigmoid` only: experts lie in so many equal groups (DeepSeek-V3's nodes), of which a token uses `top_groups` at most."""
+    top_groups: Positive = 1
+    """`num_groups` above 1 only: the groups with the largest sums of their top_k / top_groups best scores."""
     balance_coef: NonNegativeFloat = 0.01
-    """Coefficient of the load-balancing loss E * sum_e f_e P_e (Switch), with f over the tokens of all ranks."""
+    """Coefficient of the load-balancing loss E * sum_e f_e P_e (Switch), f the share of the routes, P the mean share of the scores."""
+    balance_over: Literal["micro_batch", "sequence", "global_batch"] = "micro_batch"
+    """The tokens that f counts: of the micro-batch on all ranks, of each sequence, or of all micro-batches of the step so far on all ranks."""
+    balance_count: Literal["all", "first"] = "all"
+    """f counts all k choices of a token, or the first alone (GShard). Choices count whether or not they are dropped."""
+    cv_coef: NonNegativeFloat = 0.0
+    """Coefficient of CV^2(importance) + CV^2(load) over the micro-batch on all ranks (LLaMA-MoE: 0.01)."""
+    capacity_factor: PositiveFloat | None = None
+    """In training an expert takes at most ceil(capacity_factor * top_k * tokens / num_experts) routes of each sequence, the others are dropped;
+    null drops none."""
+    drop: Literal["position", "probability", "random"] = "position"
+    """`capacity_factor` only. What a full expert keeps: first choices before second ones, each by position; the largest scores; or random
+    routes (Z-code's random token selection)."""
     z_coef: NonNegativeFloat = 0.0
     """Coefficient of the router z-loss, mean of logsumexp(logits)^2 (ST-MoE)."""
     init_std: PositiveFloat = 0.02
@@ -146,7 +180,9 @@ class ModelConfig(_Section):
     mlp_bias: bool = False
     """Bias on the dense FFN's projections (LLaMA with mlp_bias)."""
     qk_norm: bool = False
-    """RMSNorm over each query and key head (Qwen3)."""
+    """RMSNorm of queries and keys before the rotation."""
+    qk_norm_over: Literal["head", "all"] = "head"
+    """`qk_norm` only: over each head by itself (Qwen3), or over all heads together (OLMoE)."""
     sliding_window: Positive | None = None
     """Positions a token sees back, itself included; null: all."""
     sliding_layers: list[int] | None = None
@@ -173,7 +209,12 @@ class ModelConfig(_Section):
             router, small = self.moe.num_experts * D, 0
             if isinstance(self.moe.router, SigmoidSteRouter) and self.moe.router.bias:
                 small += self.moe.num_experts
-        small += 2 * D + self.qkv_bias * (q + 2 * kv) + self.o_bias * D + self.qk_norm * 2 * self.head_size
+            if isinstance(self.moe.router, TopKRouter):
+                router += self.moe.num_experts**2 * (self.moe.router.gate == "mlp")
+                # The noise is for training alone: parameters, but no work of a forward pass.
+                small += self.moe.num_experts * (self.moe.router.selection_bias + D * self.moe.router.noise)
+        norms = 2 * self.head_size if self.qk_norm_over == "head" else q + kv
+        small += 2 * D + self.qkv_bias * (q + 2 * kv) + self.o_bias * D + self.qk_norm * norms
         head = self.vocab_size * D
         matrices = self.num_layers * (attention + ffn + router) + head
         others = self.num_layers * small + D + (0 if self.tie_embeddings else self.vocab_size * D)
@@ -542,8 +583,9 @@ def _forget_idle(model: dict[str, Any], given: dict[str, Any]) -> None:
     path = ("moe", "router")
     for key in path:
         model, given = (node.get(key) if isinstance(node, dict) else None for node in (model, given))
+    kind = TopKRouter if isinstance(model, dict) and model.get("type") == "topk" else SigmoidSteRouter
     try:
-        router = SigmoidSteRouter.model_validate(model)
+        router = kind.model_validate(model)
     except ValidationError:
         return
     for name in _idle(router) - set(given or {}):
@@ -674,6 +716,8 @@ def _check_model(model: ModelConfig, parallel: ParallelConfig, bad: list[str]) -
         bad.append(f"model.head_dim ({model.head_size}) must be even for rotary embeddings")
     if model.num_heads % model.kv_heads:
         bad.append(f"model.num_heads ({model.num_heads}) must be a multiple of model.num_kv_heads ({model.kv_heads})")
+    if "qk_norm_over" in model.model_fields_set and not model.qk_norm:
+        bad.append(f"model.qk_norm_over ({model.qk_norm_over}) has an effect only with qk_norm: true")
     if model.sliding_layers is not None:
         if model.sliding_window is None:
             bad.append("model.sliding_layers has an effect only with model.sliding_window")
@@ -714,8 +758,36 @@ def _check_model(model: ModelConfig, parallel: ParallelConfig, bad: list[str]) -
     if isinstance(router, TopKRouter):
         if router.top_k > moe.num_experts:
             bad.append(f"model.moe.router.top_k ({router.top_k}) is more than model.moe.num_experts ({moe.num_experts})")
+        _check_topk(router, moe.num_experts, "model.moe.router", bad)
     else:
         _check_sigmoid(router, moe.num_experts, "model.moe.router", bad)
+
+
+def _check_topk(router: TopKRouter, num_experts: int, where: str, bad: list[str]) -> None:
+    given, groups = router.model_fields_set, router.num_groups
+    if "cosine_temperature" in given and router.gate != "cosine":
+        bad.append(f"{where}.cosine_temperature ({router.cosine_temperature}) has an effect only with gate: cosine, not {router.gate}")
+    if router.noise and router.score != "softmax":
+        bad.append(f"{where}.noise: noisy top-k is for score: softmax, not {router.score}")
+    if router.second == "random" and router.top_k != 2:
+        bad.append(f"{where}.second: random needs top_k: 2, not {router.top_k}")
+    if router.selection_bias and router.score != "sigmoid":
+        bad.append(f"{where}.selection_bias needs score: sigmoid, not {router.score}")
+    if "bias_rate" in given and not router.selection_bias:
+        bad.append(f"{where}.bias_rate ({router.bias_rate}) has an effect only with selection_bias: true")
+    if groups > 1 and router.score != "sigmoid":
+        bad.append(f"{where}.num_groups ({groups}) needs score: sigmoid, not {router.score}")
+    elif num_experts % groups:
+        bad.append(f"{where}.num_groups ({groups}) must divide num_experts ({num_experts})")
+    if "top_groups" in given and groups == 1:
+        bad.append(f"{where}.top_groups ({router.top_groups}) has an effect only with num_groups above 1")
+    elif router.top_groups > groups:
+        bad.append(f"{where}.top_groups ({router.top_groups}) is more than num_groups ({groups})")
+    elif router.top_k <= num_experts and router.top_groups * (num_experts // groups) < router.top_k:
+        reach = router.top_groups * (num_experts // groups)
+        bad.append(f"{where}.top_groups ({router.top_groups}) groups have {reach} experts, fewer than top_k ({router.top_k})")
+    if "drop" in given and router.capacity_factor is None:
+        bad.append(f"{where}.drop ({router.drop}) has an effect only with capacity_factor")
 
 
 def _check_sigmoid(router: SigmoidSteRouter, num_experts: int, where: str, bad: list[str]) -> None:
@@ -743,6 +815,8 @@ def _check_upcycle(upcycle: UpcycleConfig, bad: list[str]) -> None:
         )
     if isinstance(router, TopKRouter) and router.top_k > upcycle.num_experts:
         bad.append(f"upcycle.router.top_k ({router.top_k}) is more than upcycle.num_experts ({upcycle.num_experts})")
+    if isinstance(router, TopKRouter):
+        _check_topk(router, upcycle.num_experts, "upcycle.router", bad)
     if isinstance(router, SigmoidSteRouter):
         _check_sigmoid(router, upcycle.num_experts, "upcycle.router", bad)
 
@@ -802,6 +876,13 @@ def _idle(section: BaseModel) -> set[str]:
         idle |= set() if section.bias else {"bias_init"}
         idle |= set() if section.target_active is not None else {"controller_factor"}
         idle |= set() if section.rescale == "count" else {"rescale_gradient", "rescale_in_eval"}
+    if isinstance(section, ModelConfig):
+        idle |= set() if section.qk_norm else {"qk_norm_over"}
+    if isinstance(section, TopKRouter):
+        idle |= set() if section.gate == "cosine" else {"cosine_temperature"}
+        idle |= set() if section.selection_bias else {"bias_rate"}
+        idle |= set() if section.num_groups > 1 else {"top_groups"}
+        idle |= set() if section.capacity_factor is not None else {"drop"}
     if isinstance(section, ScheduleConfig):
         idle |= {"min_lr_ratio"} if section.type == "constant" else set()
         idle |= set() if section.type == "wsd" else {"decay_steps"}

@@ -152,7 +152,7 @@ def console_line(record: dict[str, Any], *, steps: int | None, devices: int, ste
     parts = [f"step {record['step']}" + (f"/{steps}" if steps else "")]
     if record.get("skipped"):
         parts[0] += " SKIPPED (not finite)"
-    losses = " ".join(f"{k} {record[k]:.4g}" for k in ("lm", "sparsity", "balance", "z") if record.get(k) is not None)
+    losses = " ".join(f"{k} {record[k]:.4g}" for k in ("lm", "sparsity", "balance", "cv", "z") if record.get(k) is not None)
     parts.append(f"loss {record['loss']:.4f}" + (f" ({losses})" if losses else ""))
     if record.get("sparsity_coef") is not None:
         parts.append(f"coef {record['sparsity_coef']:.3g}")
@@ -175,6 +175,8 @@ def console_line(record: dict[str, Any], *, steps: int | None, devices: int, ste
             shown.append(f"empty {_mean(moe['empty']):.1%}")
         if any(moe.get("probe_share") or []):
             shown.append(f"probes {_mean(moe['probe_share']):.1%}")
+        if any(moe.get("dropped") or []):
+            shown.append(f"dropped {_mean(moe['dropped']):.1%}")
         if shown:
             parts.append("moe " + " ".join(shown))
     if step_s > 0:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moetrain.data.dataset import IGNORE
 from moetrain.model import ModelOutput, Transformer
-from moetrain.moe.routing import TokenContext
+from moetrain.moe.routing import StepCounts, TokenContext
 
 Batch = dict[str, Tensor]
 """As `data.dataset.BatchIterator` yields it: tokens, labels, positions, document_ids (B, S), sample_index, source (B,)."""
@@ -26,9 +26,10 @@ def forward(
     num_tokens: Tensor | None = None,
     seed: int = 0,
     group: dist.ProcessGroup | None = None,
+    counts: StepCounts | None = None,
 ) -> ModelOutput:
-    """num_tokens: labels of the whole step over all ranks, which router losses are divided by; None: of this call. seed: of the probe draws.
-    group: ranks that share the micro-batch.
+    """num_tokens: labels of the whole step over all ranks, which router losses are divided by; None: of this call. seed: of the routers' draws.
+    group: ranks that share the micro-batch. counts: of the step's micro-batches so far.
 
     A token without a label has no routes: it is padding or the last of its document, and nobody reads its output.
     """
@@ -38,8 +39,9 @@ def forward(
     keys = batch["sample_index"][:, None] * sequence + torch.arange(sequence, device=labels.device) + seed * 0x632BE59BD9B4E019 % 2**62
     wide = torch.promote_types(dtype, torch.float32)
     context = TokenContext(
-        keys=keys.flatten(), valid=(labels != IGNORE).flatten(), num_tokens=None if num_tokens is None else num_tokens.to(wide), group=group
-    )
+        keys=keys.flatten(), valid=(labels != IGNORE).flatten(), num_tokens=None if num_tokens is None else num_tokens.to(wide), group=group,
+        sequence=sequence, counts=counts,
+    )  # fmt: skip
     return model(
         batch["tokens"], labels=labels, positions=batch["positions"], document_ids=batch["document_ids"] if isolate_documents else None,
         context=context, dtype=dtype,
@@ -48,12 +50,14 @@ def forward(
 
 @dataclass(frozen=True)
 class Totals:
-    """Over all ranks. lm: summed loss. losses: by name. sources: mean loss and tokens of each. moe: statistics by layer. mean_active: over layers."""
+    """Over all ranks. lm: summed loss. losses: by name. sources: mean loss and tokens of each. moe: statistics by layer. loads:
+    of each MoE layer, routes per expert. mean_active: over layers."""
 
     lm: float
     losses: dict[str, float]
     sources: list[dict[str, Any]]
     moe: dict[str, list[float]]
+    loads: list[list[float]]
     mean_active: float | None
 
 
@@ -82,7 +86,7 @@ class Sums:
                 self.losses += torch.stack([report.losses[n].detach().double() if n in report.losses else zero for n in self.loss_names])
             if report.stats:
                 s = report.stats
-                packed = torch.cat([torch.stack([s["tokens"], s["active_sq"], s["empty"], s["probes"]]), s["load"]])
+                packed = torch.cat([torch.stack([s["tokens"], s["active_sq"], s["empty"], s["probes"], s["dropped"]]), s["load"]])
                 self.layers[i] = packed if self.layers[i] is None else self.layers[i] + packed
 
     def reduce(self, group: dist.ProcessGroup | None) -> Totals:
@@ -97,8 +101,10 @@ class Sums:
         sources = [{"loss": total / tokens if tokens else 0.0, "tokens": int(tokens)} for total, tokens in zip(values[:n], values[n : 2 * n])]
         values = values[2 * n :]
         moe: dict[str, list[float]] = {}
+        loads: list[list[float]] = []
         for layer in sparse:
-            (tokens, squares, empty, probes), load = values[:4], values[4 : layer.numel()]
+            (tokens, squares, empty, probes, dropped), load = values[:5], values[5 : layer.numel()]
+            loads.append(load)
             values = values[layer.numel() :]
             tokens, routes = max(1.0, tokens), sum(load)
             mean = routes / tokens
@@ -109,7 +115,8 @@ class Sums:
                 "dead": sum(count == 0 for count in load),
                 "probe_share": probes / (tokens * len(load)),
                 "empty": empty / tokens,
+                "dropped": dropped / max(1.0, routes + dropped),
             }.items():
                 moe.setdefault(name, []).append(value)
         active = moe.get("active")
-        return Totals(lm, losses, sources, moe, sum(active) / len(active) if active else None)
+        return Totals(lm, losses, sources, moe, loads, sum(active) / len(active) if active else None)

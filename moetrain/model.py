@@ -226,15 +226,18 @@ def initial_tensor(name: str, shape: Sequence[int], config: ModelConfig, seed: i
     """Start value, float32 on the CPU, of the parameter of this global name and global shape.
 
     A function of name, shape, config and seed alone, so every layout of ranks starts from the same weights. Norms are 1, biases 0 (the
-    router's: `bias_init`), matrices normal; what writes into the residual stream is divided by sqrt(2 * num_layers) (GPT-2).
+    router's: `bias_init`), the weights of a router's noise 0, matrices normal; what writes into the residual stream is divided by
+    sqrt(2 * num_layers) (GPT-2).
     """
     if name.endswith("norm.weight"):
         return torch.ones(*shape, device="cpu")
+    if name.endswith(("router.selection_bias", "router.noise")):
+        return torch.zeros(*shape, device="cpu")
     if name.endswith(".bias"):
         value = getattr(config.moe.router, "bias_init", 0.0) if config.moe is not None and name.endswith("router.bias") else 0.0
         return torch.full(tuple(shape), value, device="cpu")
     std = config.init_std
-    if config.moe is not None and name.endswith("router.weight"):
+    if config.moe is not None and name.endswith(("router.weight", "router.output")):
         std = config.moe.router.init_std
     elif name.endswith(("o_proj.weight", "down_proj.weight", "experts.down")):
         std /= math.sqrt(2 * config.num_layers)

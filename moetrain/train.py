@@ -29,12 +29,15 @@ from moetrain.metrics import Metrics
 from moetrain.microbatch import Batch, Sums, forward
 from moetrain.model import Transformer
 from moetrain.moe.losses import build_controller, coefficients
+from moetrain.moe.routers import changes_after_step
+from moetrain.moe.routing import StepCounts
 from moetrain.parallel.grads import gradient_norm, scale_gradients
 from moetrain.parallel.mesh import build_meshes, start_processes
+from moetrain.parallel.parallelize import add_whole
 
 _TRAINING_OPTIONS = {
     "ste", "probe_rate", "sparsity_coef", "sparsity_on", "target_active", "controller_factor", "rescale_gradient", "balance_coef", "z_coef",
-    "init_std", "bias_init",
+    "init_std", "bias_init", "jitter", "second", "bias_rate", "balance_over", "balance_count", "cv_coef", "capacity_factor", "drop",
 }  # fmt: skip
 """Of the model section: how it is trained. These may change when a run goes on; what the model computes may not."""
 
@@ -64,6 +67,8 @@ def parameter_groups(model: Transformer, config: Config) -> list[dict[str, Any]]
         "vectors": {"peak_lr": train.lr, "weight_decay": 0.0},
     }
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue  # moved by `routers.changes_after_step`
         kind = "experts" if ".experts." in name else "routers" if ".router." in name else "vectors" if parameter.ndim < 2 else "matrices"
         groups[kind].setdefault("params", []).append(parameter)
     return [{"lr": g["peak_lr"], **g} for g in groups.values() if "params" in g]
@@ -170,12 +175,14 @@ class Trainer:
         """Parameters and AdamW's moments under flat names; the moments are made (zero) if there was no update yet."""
         state: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
+            state[f"model.{name}"] = parameter.detach()
+            if not parameter.requires_grad:
+                continue
             moments = self.optimizer.state[parameter]
             if not moments:
                 moments["step"] = torch.tensor(0.0, device=self.device)
                 moments["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                 moments["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state[f"model.{name}"] = parameter.detach()
             state[f"optim.exp_avg.{name}"] = moments["exp_avg"].detach()
             state[f"optim.exp_avg_sq.{name}"] = moments["exp_avg_sq"].detach()
         return state
@@ -245,9 +252,10 @@ class Trainer:
             group["lr"] = group["peak_lr"] * factor
 
         self.model.train()
+        counts = StepCounts()
         sums = Sums(self.model_config.num_layers, list(factors), len(self.config.data.train), self.device)
         for batch in batches:
-            output = forward(self.model, batch, self.dtype, self.config.data.isolate_documents, count, train.seed, self.group)
+            output = forward(self.model, batch, self.dtype, self.config.data.isolate_documents, count, train.seed, self.group, counts)
             loss = output.loss_sum / count.to(output.loss_sum.dtype)
             for report in output.reports:
                 for name, value in report.losses.items():
@@ -266,6 +274,8 @@ class Trainer:
             if train.grad_clip is not None:
                 scale_gradients(self.parameters.values(), (train.grad_clip / (norm + 1e-6)).clamp(max=1.0))
             self.optimizer.step()
+            for name, change in changes_after_step(self.model, totals.loads):
+                add_whole(self.parameters[name], change)
             self.updates += 1
         self.optimizer.zero_grad(set_to_none=True)
 

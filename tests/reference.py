@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moetrain.config import ModelConfig, SigmoidSteRouter
+from moetrain.config import ModelConfig, SigmoidSteRouter, TopKRouter
 from moetrain.moe.routing import LayerReport, TokenContext, uniform
+from tests.reference_topk import topk_layer
 
 
 def expert(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -28,12 +29,18 @@ class ReferenceMoE(nn.Module):
         self.router.weight = nn.Parameter(torch.empty(moe.num_experts, config.hidden_size))
         if isinstance(moe.router, SigmoidSteRouter) and moe.router.bias:
             self.router.bias = nn.Parameter(torch.empty(moe.num_experts))
+        if isinstance(moe.router, TopKRouter):
+            E, D = moe.num_experts, config.hidden_size
+            self.router.output = nn.Parameter(torch.empty(E, E)) if moe.router.gate == "mlp" else None
+            self.router.noise = nn.Parameter(torch.empty(E, D)) if moe.router.noise else None
+            self.router.selection_bias = nn.Parameter(torch.empty(E), requires_grad=False) if moe.router.selection_bias else None
         self.experts = nn.Module()
         self.experts.gate_up = nn.Parameter(torch.empty(moe.num_experts, 2 * moe.expert_dim, config.hidden_size))
         self.experts.down = nn.Parameter(torch.empty(moe.num_experts, config.hidden_size, moe.expert_dim))
 
     def forward(self, x: Tensor, context: TokenContext, residual: Tensor) -> tuple[Tensor, LayerReport]:
-        sigmoid = isinstance(self.options, SigmoidSteRouter)
+        if isinstance(self.options, TopKRouter):
+            return topk_layer(self, x, context)
         valid = [True] * len(x) if context.valid is None else context.valid.tolist()
         num_tokens = context.num_tokens if context.num_tokens is not None else sum(valid)
         outputs, losses, counts = [], [], torch.zeros(self.config.moe.num_experts, dtype=torch.float64)
@@ -41,18 +48,14 @@ class ReferenceMoE(nn.Module):
             if not valid[t]:
                 outputs.append(torch.zeros_like(x[t]))
                 continue
-            seen = residual[t] if sigmoid and self.options.input == "residual" else x[t]
-            y, loss, routes = (self.sigmoid if sigmoid else self.topk)(x[t], seen, None if context.keys is None else context.keys[t])
+            seen = residual[t] if self.options.input == "residual" else x[t]
+            y, loss, routes = self.sigmoid(x[t], seen, None if context.keys is None else context.keys[t])
             outputs.append(y)
             losses.append(loss)
             counts[routes] += 1
         y = torch.stack(outputs) if outputs else x * 0
-        if sigmoid:
-            total = sum(losses) / (num_tokens * self.config.moe.num_experts * self.config.num_layers)
-            return y, LayerReport({"sparsity": total}, {"load": counts})
-        probabilities = sum(p for p, _ in losses) / num_tokens
-        balance = self.config.moe.num_experts * (counts / counts.sum() * probabilities).sum()
-        return y, LayerReport({"balance": balance, "z": sum(z for _, z in losses) / num_tokens}, {"load": counts})
+        total = sum(losses) / (num_tokens * self.config.moe.num_experts * self.config.num_layers)
+        return y, LayerReport({"sparsity": total}, {"load": counts})
 
     def sigmoid(self, x: Tensor, seen: Tensor, key: Tensor | None) -> tuple[Tensor, Tensor, list[int]]:
         """DSMoE, Eqs. 7, 8, 10, 18."""
@@ -78,12 +81,3 @@ class ReferenceMoE(nn.Module):
             y = y * n / count
         pushed = g.sum() if o.sparsity_on == "all" else sum((g[i] for i in range(n) if g[i] > o.threshold), g.sum() * 0)
         return y, pushed, routes
-
-    def topk(self, x: Tensor, seen: Tensor, key: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor], list[int]]:
-        o = self.options
-        logits = self.router.weight @ seen
-        p = torch.softmax(logits, 0)
-        routes = sorted(range(len(p)), key=lambda i: (-float(logits[i].detach()), i))[: o.top_k]
-        total = sum(p[i] for i in routes) if o.normalize else 1
-        y = sum(o.output_scale * p[i] / total * expert(x, self.experts.gate_up[i], self.experts.down[i]) for i in routes)
-        return y, (p, torch.logsumexp(logits, 0) ** 2), routes

@@ -178,6 +178,9 @@ def test_model_of_the_start_weights_is_the_default(tmp_path: Path) -> None:
     assert load({"model": {"moe": {"router": {"type": "topk", "top_k": 2}}}}).moe.router.top_k == 2
     with pytest.raises(ConfigError, match="probe_rate .* only with ste: sampled"):
         load({"model": {"moe": {"router": {"ste": "exact", "probe_rate": 0.5}}}})
+    read["folder"] = moe({"type": "topk", "top_k": 2, "gate": "cosine", "cosine_temperature": 0.1, "capacity_factor": 1.0, "drop": "random"})
+    changed = load({"model": {"moe": {"router": {"capacity_factor": None}}}}).moe.router
+    assert changed.capacity_factor is None and changed.cosine_temperature == 0.1
     for wrong in ("x", 3, [1]):
         with pytest.raises(ConfigError, match="model: must be a section"):
             load({"model": wrong})
@@ -218,8 +221,19 @@ def _sigmoid(draw: st.DrawFn) -> dict[str, Any]:
 
 _topk = st.fixed_dictionaries(
     {"type": st.just("topk"), "top_k": st.integers(1, 8)},
-    optional={"normalize": st.booleans(), "output_scale": _positive, "balance_coef": _positive, "z_coef": _positive, "init_std": _positive},
-)
+    optional={
+        "normalize": st.booleans(), "output_scale": _positive, "balance_coef": _positive, "z_coef": _positive, "init_std": _positive,
+        "cv_coef": _positive, "jitter": st.floats(0, 0.9), "balance_over": st.sampled_from(["micro_batch", "sequence", "global_batch"]),
+        "balance_count": st.sampled_from(["all", "first"]),
+    },
+)  # fmt: skip
+_topk_more = st.sampled_from(
+    [
+        {}, {"gate": "mlp", "noise": True}, {"gate": "cosine"}, {"gate": "cosine", "cosine_temperature": 0.1}, {"top_k": 2, "second": "random"},
+        {"capacity_factor": 1.25}, {"capacity_factor": 2.0, "drop": "random"}, {"score": "sigmoid", "num_groups": 4, "top_groups": 4},
+        {"score": "sigmoid", "selection_bias": True}, {"score": "sigmoid", "selection_bias": True, "bias_rate": 0.0, "top_k": 2, "num_groups": 4},
+    ]
+)  # fmt: skip
 _rope = st.one_of(
     st.fixed_dictionaries({"type": st.just("linear"), "factor": _positive}),
     st.fixed_dictionaries(
@@ -255,7 +269,7 @@ def trees(draw: st.DrawFn) -> dict[str, Any]:
         data["train"] = [{**s, "weight": draw(_positive)} for s in data["train"]]
     tree["data"] = {**data, "seq_len": draw(st.integers(2, 64))}
     if draw(st.booleans()):
-        mixture = draw(st.none() | st.one_of(_sigmoid(), _topk))
+        mixture = draw(st.none() | st.one_of(_sigmoid(), st.builds(dict.__or__, _topk, _topk_more)))
         tree["model"] = model(
             **draw(_some(rope_theta=_positive, rope_scaling=st.none() | _rope, norm_eps=_positive, init_std=_positive, qk_norm=st.booleans()))
         )
@@ -342,6 +356,7 @@ def _model_is_elsewhere(tree: dict[str, Any], problem: Any) -> bool:
 # --------------------------------------------------------------------------------------------------------- cross-field rules
 
 _OPEN = {"type": "sigmoid_ste"}
+_TOP2 = {"type": "topk", "top_k": 2}
 RULES: list[tuple[dict[str, Any], str]] = [
     ({"parallel": {"dp_shard": 0}}, "parallel.dp_shard: 0 ranks; use -1"),
     ({"train": train(global_batch_size=7)}, "train.global_batch_size (7) must be a multiple of train.micro_batch_size (2)"),
@@ -359,6 +374,7 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": model(num_heads=3)}, "model.hidden_size (8) is no multiple of model.num_heads (3)"),
     ({"model": model(head_dim=5)}, "model.head_dim (5) must be even"),
     ({"model": model(num_heads=4, num_kv_heads=3)}, "model.num_heads (4) must be a multiple of model.num_kv_heads (3)"),
+    ({"model": model(qk_norm_over="all")}, "model.qk_norm_over (all) has an effect only with qk_norm: true"),
     ({"model": model(sliding_layers=[0])}, "model.sliding_layers has an effect only with model.sliding_window"),
     ({"model": model(sliding_window=4, sliding_layers=[0, 2])}, "model.sliding_layers: [2] outside 0..1"),
     ({"model": model(rope_scaling={"type": "yarn", "factor": 2.0})}, "model.rope_scaling.original_max_position_embeddings: missing; type yarn needs it"),
@@ -375,6 +391,17 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": moe({**_OPEN, "target_active": 2, "sparsity_coef": 0})}, "model.moe.router.sparsity_coef: 0 can't be adapted"),
     ({"model": moe({**_OPEN, "rescale": "none", "rescale_in_eval": True})}, "rescale_gradient and rescale_in_eval have an effect only with rescale: count"),
     ({"prepare": {"inputs": ["a"], "output": "b", "extensions": [".txt", "py"]}}, "prepare.extensions: 'py' would match every name that ends so; write .py"),
+    ({"model": moe({**_TOP2, "cosine_temperature": 0.1})}, "router.cosine_temperature (0.1) has an effect only with gate: cosine, not linear"),
+    ({"model": moe({**_TOP2, "score": "sigmoid", "noise": True})}, "router.noise: noisy top-k is for score: softmax, not sigmoid"),
+    ({"model": moe({**_TOP2, "top_k": 3, "second": "random"})}, "router.second: random needs top_k: 2, not 3"),
+    ({"model": moe({**_TOP2, "selection_bias": True})}, "router.selection_bias needs score: sigmoid, not softmax"),
+    ({"model": moe({**_TOP2, "bias_rate": 0.1})}, "router.bias_rate (0.1) has an effect only with selection_bias: true"),
+    ({"model": moe({**_TOP2, "num_groups": 4})}, "router.num_groups (4) needs score: sigmoid, not softmax"),
+    ({"model": moe({**_TOP2, "score": "sigmoid", "num_groups": 3})}, "router.num_groups (3) must divide num_experts (8)"),
+    ({"model": moe({**_TOP2, "score": "sigmoid", "top_groups": 1})}, "router.top_groups (1) has an effect only with num_groups above 1"),
+    ({"model": moe({**_TOP2, "score": "sigmoid", "num_groups": 2, "top_groups": 3})}, "router.top_groups (3) is more than num_groups (2)"),
+    ({"model": moe({**_TOP2, "score": "sigmoid", "num_groups": 8})}, "router.top_groups (1) groups have 1 experts, fewer than top_k (2)"),
+    ({"model": moe({**_TOP2, "drop": "random"})}, "router.drop (random) has an effect only with capacity_factor"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": _OPEN}}, "upcycle.router.type (sigmoid_ste) does not belong to upcycle.method (llama_moe); use topk"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": {"type": "topk", "top_k": 9}}}, "upcycle.router.top_k (9) is more than upcycle.num_experts (8)"),
 ]  # fmt: skip
@@ -416,7 +443,8 @@ def test_every_rule_has_a_case() -> None:
     source = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
     rules = 0
     for function in source.body:
-        if isinstance(function, ast.FunctionDef) and function.name in ("check", "check_world", "_check_model", "_check_sigmoid", "_check_upcycle"):
+        names = ("check", "check_world", "_check_model", "_check_sigmoid", "_check_topk", "_check_upcycle")
+        if isinstance(function, ast.FunctionDef) and function.name in names:
             for call in ast.walk(function):
                 if isinstance(call, ast.Call) and ast.unparse(call.func) in ("bad.append", "ConfigError"):
                     template = _template(call.args[0])
@@ -472,6 +500,14 @@ READ: dict[str, tuple[str, str]] = {
     "TopKRouter.top_k": ("moe/routers/topk.py", "options.top_k"),
     "TopKRouter.normalize": ("moe/routers/topk.py", "options.normalize"),
     "TopKRouter.output_scale": ("moe/routers/topk.py", "options.output_scale"),
+    **{
+        f"TopKRouter.{name}": ("moe/routers/topk.py", f"options.{name}")
+        for name in (
+            "score", "gate", "cosine_temperature", "jitter", "noise", "second", "selection_bias", "bias_rate", "num_groups", "top_groups",
+            "balance_over", "balance_count", "capacity_factor", "drop",
+        )
+    },
+    "TopKRouter.cv_coef": ("moe/losses.py", "router.cv_coef"),
     "TopKRouter.balance_coef": ("moe/losses.py", "router.balance_coef"),
     "TopKRouter.z_coef": ("moe/losses.py", "router.z_coef"),
     "TopKRouter.init_std": ("model.py", "router.init_std"),
@@ -492,6 +528,7 @@ READ: dict[str, tuple[str, str]] = {
     "ModelConfig.o_bias": ("attention.py", "config.o_bias"),
     "ModelConfig.mlp_bias": ("model.py", "config.mlp_bias"),
     "ModelConfig.qk_norm": ("attention.py", "config.qk_norm"),
+    "ModelConfig.qk_norm_over": ("attention.py", "config.qk_norm_over"),
     "ModelConfig.sliding_window": ("attention.py", "config.sliding_window"),
     "ModelConfig.sliding_layers": ("attention.py", "config.sliding_layers"),
     "ModelConfig.init_std": ("model.py", "config.init_std"),
@@ -590,9 +627,12 @@ MODELS = {
     "tied": model(tie_embeddings=True, num_kv_heads=1),
     "biases": model(qkv_bias=True, o_bias=True, mlp_bias=True),
     "qk_norm": model(qk_norm=True, head_dim=6, num_heads=4, num_kv_heads=2),
+    "qk_norm_all": model(qk_norm=True, qk_norm_over="all", head_dim=6, num_heads=4, num_kv_heads=2),
     "sigmoid": moe(),
     "sigmoid_bias": moe(_ALL_OPEN, qkv_bias=True, num_kv_heads=1, tie_embeddings=True),
     "topk": moe({"type": "topk", "top_k": 8}, qk_norm=True),
+    "topk_mlp_noise": moe({"type": "topk", "top_k": 8, "gate": "mlp", "noise": True}),
+    "topk_bias": moe({"type": "topk", "top_k": 8, "score": "sigmoid", "selection_bias": True}),
 }
 
 
@@ -610,7 +650,7 @@ def test_num_params(name: str) -> None:
         assert config.num_active_params(active) == sum(built.values()) - experts * (1 - active / 8)
 
 
-@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk"])
+@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk", "topk_mlp_noise", "topk_bias"])
 @pytest.mark.parametrize("length", [8, 64])
 def test_flops_per_token(name: str, length: int) -> None:
     """Against torch's count of a forward pass in which every expert is active, number for number.

@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moetrain.config import Config, ScheduleConfig, config_from_dict
+from moetrain.config import Config, ConfigError, ScheduleConfig, config_from_dict
 from moetrain.data.dataset import IGNORE, BlendedDataset, Source
 from moetrain.data.indexed import IndexedWriter
 from moetrain.model import Transformer, init_weights
 from moetrain.moe.losses import coefficients
-from moetrain.moe.routing import TokenContext
+from moetrain.moe.routing import StepCounts, TokenContext
 from moetrain.parallel.parallelize import copy_whole, wholes
 from moetrain.train import Trainer, learning_rate_factor
 from tests.distributed import run
@@ -28,7 +28,21 @@ ROUTERS = {
     "sampled": {"type": "sigmoid_ste", "ste": "sampled", "probe_rate": 0.3},
     "off": {"type": "sigmoid_ste", "ste": "off"},
     "topk": {"type": "topk", "top_k": 2, "z_coef": 1e-3},
-}
+    "switch": {"type": "topk", "top_k": 1, "normalize": False, "jitter": 0.1, "capacity_factor": 1.0, "balance_over": "sequence"},
+    "gshard": {"type": "topk", "top_k": 2, "second": "random", "capacity_factor": 0.7, "balance_count": "first", "balance_over": "global_batch"},
+    "llama_moe": {
+        "type": "topk", "top_k": 3, "gate": "mlp", "noise": True, "output_scale": 8 / 3, "balance_coef": 0.0, "cv_coef": 0.5,
+        "capacity_factor": 0.8, "drop": "random",
+    },
+    "deepseek": {
+        "type": "topk", "top_k": 4, "score": "sigmoid", "output_scale": 2.5, "selection_bias": True, "bias_rate": 0.05, "num_groups": 4,
+        "top_groups": 2, "balance_over": "sequence",
+    },
+    # Jitter, since equal tokens at the start of documents have equal scores, of which rounding would choose the larger.
+    "cosine": {
+        "type": "topk", "top_k": 2, "gate": "cosine", "jitter": 0.1, "capacity_factor": 0.6, "drop": "probability", "balance_over": "global_batch",
+    },
+}  # fmt: skip
 # dp_replicate, dp_shard, ep
 LAYOUTS = [(1, 1, 1), (1, 1, 2), (1, 1, 4), (1, 2, 1), (1, 2, 2), (2, 1, 2), (1, 2, 4), (2, 2, 1), (2, 1, 1)]
 
@@ -88,14 +102,17 @@ def reference(config: Config, how: str) -> dict[str, Any]:
         labels = torch.from_numpy(np.stack([s.labels for s in samples]))
         count = (labels != IGNORE).sum().double()
         total = torch.zeros((), dtype=torch.float64)
+        so_far, loads = StepCounts(), [torch.zeros(8, dtype=torch.float64) for _ in model.layers]
         for half in range(2):  # micro-batches of 8 samples over all ranks
             part = slice(half * 8, half * 8 + 8)
             keys = torch.stack([s.index * 12 + torch.arange(12) for s in samples[part]]) + train.seed * 0x632BE59BD9B4E019 % 2**62
-            context = TokenContext(keys=keys.flatten(), valid=(labels[part] != IGNORE).flatten(), num_tokens=count)
+            valid = (labels[part] != IGNORE).flatten()
+            context = TokenContext(keys=keys.flatten(), valid=valid, num_tokens=count, sequence=12, counts=so_far)
             fields = {f: torch.from_numpy(np.stack([getattr(s, f) for s in samples[part]])) for f in ("tokens", "positions", "document_ids")}
             output = model(**fields, labels=labels[part], context=context)
             loss = output.loss_sum / count
-            for report in output.reports:
+            for load, report in zip(loads, output.reports):
+                load += report.stats["load"]
                 for name, factor in coefficients(model_config, None).items():
                     loss = loss + factor * report.losses[name]
             loss.backward()
@@ -107,6 +124,10 @@ def reference(config: Config, how: str) -> dict[str, Any]:
         found["norm"].append(torch.nn.utils.clip_grad_norm_(names.values(), train.grad_clip).item())
         optimizer.step()
         optimizer.zero_grad()
+        for block, load in zip(model.layers, loads):
+            if getattr(block.ffn.router, "selection_bias", None) is not None:  # DeepSeek-V3: b += gamma sign(mean load - load)
+                for e in range(8):
+                    block.ffn.router.selection_bias.data[e] += 0.05 * (int(load[e] < load.mean()) - int(load[e] > load.mean()))
     found["weights"] = {n: p.detach().clone() for n, p in names.items()}
     return found
 
@@ -138,7 +159,7 @@ def rank_main(config: Config, how: str, steps: int = STEPS, save: bool = False) 
 
     def note_then_step(*args: Any) -> None:
         # As the optimizer sees them, that is clipped.
-        grads.append({n: g.numpy().copy() for n, g in wholes((n, p.grad) for n, p in trainer.parameters.items())})
+        grads.append({n: g.numpy().copy() for n, g in wholes((n, p.grad) for n, p in trainer.parameters.items() if p.requires_grad)})
         step(*args)
 
     trainer.optimizer.step = note_then_step
@@ -172,6 +193,9 @@ def assert_same(got: dict[str, Any], want: dict[str, Any], clip: float, first: i
         np.testing.assert_allclose(record["grad_norm"], want["norm"][i], rtol=1e-9, err_msg=f"norm of step {i}")
         factor = min(1.0, clip / (want["norm"][i] + 1e-6))
         for name, grad in want["grads"][i].items():
+            if name.endswith("selection_bias"):
+                assert not grad.any() and name not in got["grads"][i - first]
+                continue
             np.testing.assert_allclose(got["grads"][i - first][name], grad.numpy() * factor, **tolerance, err_msg=f"gradient of {name} in step {i}")
     for name, weight in want["weights"].items():
         np.testing.assert_allclose(got["weights"][name], weight.numpy(), **tolerance, err_msg=f"weight {name}")
@@ -222,23 +246,50 @@ def test_awkward_routes(how, layout, data, tmp_path):
             assert moe["dead"][0] >= 4 and moe["active"][0] > 0
 
 
+def test_awkward_choices(data, tmp_path):
+    """First choices of all tokens are one expert, which drops most of them; ranks without a route."""
+    routers = ["switch", "gshard", "llama_moe", "deepseek"]
+    configs = [make_config(data, router, (1, 1, 4), run_dir=str(tmp_path / router)) for router in routers]
+    for router, config, got in zip(routers, configs, start(configs, "one expert")):
+        assert_same(got, wanted(config, router, "one expert"), config.train.grad_clip)
+        dropped = got["records"][0]["moe"]["dropped"][0]
+        assert dropped == 0 if router == "deepseek" else dropped > 0.5
+
+
 @pytest.mark.parametrize("layout", [(1, 1, 1), (1, 2, 2)], ids=layout_id)
 def test_checkpointed_blocks_replay_their_routes(layout, data, tmp_path):
     """Activation checkpointing changes no number."""
-    configs = [make_config(data, r, layout, train__activation_checkpointing="block", run_dir=str(tmp_path / r)) for r in ("sampled", "topk")]
-    for router, config, got in zip(("sampled", "topk"), configs, start(configs, "mixed")):
+    routers = ["sampled", "topk", "gshard", "llama_moe", "deepseek"]
+    configs = [make_config(data, r, layout, train__activation_checkpointing="block", run_dir=str(tmp_path / r)) for r in routers]
+    for router, config, got in zip(routers, configs, start(configs, "mixed")):
         assert_same(got, wanted(config, router, "mixed"), config.train.grad_clip)
 
 
 @pytest.mark.parametrize(("first", "second"), [((1, 1, 4), (1, 2, 1)), ((1, 2, 2), (1, 1, 1)), ((1, 1, 1), (2, 1, 2))])
 def test_save_then_load_under_another_layout(first, second, data, tmp_path):
     """Two steps under one layout, the third under another, equal three steps under one."""
-    routers = ["sampled", "topk"]
+    routers = ["sampled", "topk", "gshard", "llama_moe", "deepseek"]
     start([make_config(data, r, first, run_dir=str(tmp_path / r)) for r in routers], "mixed", steps=2, save=True)
     configs = [make_config(data, r, second, run_dir=str(tmp_path / r)) for r in routers]
     for router, config, got in zip(routers, configs, start(configs, "mixed")):
         assert len(got["records"]) == 1
         assert_same(got, wanted(config, router, "mixed"), config.train.grad_clip, first=2)
+
+
+def test_a_resumed_router_may_train_otherwise_but_not_compute_otherwise(data, tmp_path):
+    """DeepSeek-V3 ends with a bias rate of 0: the bias goes on from the checkpoint and stands still. Other groups are another model."""
+
+    def config(**changes: Any) -> Config:
+        return make_config(data, "deepseek", run_dir=str(tmp_path / "run"), **changes)
+
+    before = rank_main(config(), "mixed", steps=2, save=True)["weights"]
+    with pytest.raises(ConfigError, match=r"another model; model.moe.router.top_groups: 2 there, 4 here"):
+        Trainer(config(model__moe__router__top_groups=4), console=False)
+    after = rank_main(config(model__moe__router__bias_rate=0.0), "mixed")["weights"]
+    name = "layers.0.ffn.router.selection_bias"
+    # Two steps of -0.05, 0 or 0.05 each.
+    assert np.abs(before[name]).max() > 0.04 and np.array_equal(before[name], after[name])
+    assert not np.array_equal(before["layers.0.ffn.router.weight"], after["layers.0.ffn.router.weight"])
 
 
 def test_a_bad_step_is_skipped_on_all_ranks(data, tmp_path):

@@ -60,6 +60,7 @@ _FAMILIES = {
     "mistral": _Family(positions=131072, window=True, window_default=4096),
     "qwen2": _Family(window_switch=True, window_default=4096),
     "qwen3": _Family(head_dim=128, window_switch=True, window_default=4096, attention_bias=True),
+    "olmoe": _Family(eps=1e-5, positions=4096, kv_heads_optional=True, attention_bias=True),
     "mixtral": _Family(eps=1e-5, theta=1e6, positions=131072, window=True),
     "qwen3_moe": _Family(window_switch=True, window_default=4096, attention_bias=True),
 }
@@ -72,6 +73,7 @@ _ONLY = {
     "router_jitter_noise": 0.0,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
+    "clip_qkv": None,
     "is_encoder_decoder": False,
 }
 _ROPE_KEYS = {
@@ -144,8 +146,9 @@ def _differences(full: ModelConfig, stock: ModelConfig) -> Iterator[tuple[str, A
         if full.moe.router.type != stock.moe.router.type:
             yield "moe.router.type", full.moe.router.type, stock.moe.router.type
             return
-        for name in ("top_k", "normalize", "output_scale"):
-            if getattr(full.moe.router, name) != getattr(stock.moe.router, name):
+        # What a stock architecture has no words for is at its default there, and must be here.
+        for name in ("top_k", "score", "gate", "normalize", "output_scale", "selection_bias", "num_groups"):
+            if getattr(full.moe.router, name, None) != getattr(stock.moe.router, name, None):
                 yield f"moe.router.{name}", getattr(full.moe.router, name), getattr(stock.moe.router, name)
 
 
@@ -218,16 +221,21 @@ def _read_stock(raw: dict[str, Any], kind: str, path: Path) -> dict[str, Any]:
         "qkv_bias": bias or kind == "qwen2",
         "o_bias": bias,
         "mlp_bias": given.get("mlp_bias", False),
-        "qk_norm": kind in ("qwen3", "qwen3_moe"),
+        "qk_norm": kind in ("qwen3", "qwen3_moe", "olmoe"),
         "sliding_window": window,
         "sliding_layers": sliding,
     }
+    if kind == "olmoe":
+        model["qk_norm_over"] = "all"
     # 0 is what some configs have that were made without random weights in mind; ours must be positive.
     if given.get("initializer_range"):
         model["init_std"] = given["initializer_range"]
     if kind == "mixtral":
         router = {"type": "topk", "top_k": given.get("num_experts_per_tok", 2), "normalize": True}
         model["moe"] = {"num_experts": need("num_local_experts", "num_experts"), "expert_dim": need("intermediate_size"), "router": router}
+    elif kind == "olmoe":
+        router = {"type": "topk", "top_k": given.get("num_experts_per_tok", 8), "normalize": given.get("norm_topk_prob", False)}
+        model["moe"] = {"num_experts": given.get("num_experts", 64), "expert_dim": need("intermediate_size"), "router": router}
     elif kind == "qwen3_moe":
         router = {"type": "topk", "top_k": need("num_experts_per_tok"), "normalize": given.get("norm_topk_prob", False)}
         model["moe"] = {
@@ -325,7 +333,8 @@ def _read_rope(raw: dict[str, Any], given: dict[str, Any], kind: str, path: Path
 
 @dataclass(frozen=True)
 class _Stored:
-    """How one of our parameters lies in a file: the concatenation of these keys along dim 0, each of this shape, seen in our shape."""
+    """How one of our parameters lies in a file: the concatenation of these keys along dim 0, each of this shape, seen in our shape. No key: it
+    is not in the file, and 0 when read."""
 
     keys: tuple[str, ...]
     shape: tuple[int, ...]
@@ -339,6 +348,9 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _layouts(name: str, shape: tuple[int, ...], mixtral: bool) -> list[_Stored]:
     """Every layout in which a parameter is found, the one to write first."""
+    if name.endswith("router.noise"):
+        # Of use in training alone, and no stock architecture has a place for it; it starts at 0.
+        return [_Stored((), shape)]
     if ".ffn." not in name or not (".router." in name or ".experts." in name):
         return [_Stored((_dense_key(name),), shape)]
     _, layer, _, part, kind = name.split(".")
@@ -392,7 +404,7 @@ def _read_planned(
 ) -> Iterator[tuple[str, Tensor]]:
     with files:
         for name, shape, stored in plan:
-            parts = [where[key].get_tensor(key) for key in stored.keys]
+            parts = [where[key].get_tensor(key) for key in stored.keys] or [torch.zeros(shape)]
             yield name, (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
 
 
@@ -412,7 +424,7 @@ def _plan(folder: Path, config: ModelConfig, files: ExitStack) -> tuple[list[tup
     plan, missing, used = [], [], set()
     for name, shape in parameter_shapes(config).items():
         # Of the layouts the one of which most is there, so that a single lost expert is named and not the whole layer.
-        stored = max(_layouts(name, shape, False), key=lambda s: sum(k in where for k in s.keys) / len(s.keys))
+        stored = max(_layouts(name, shape, False), key=lambda s: sum(k in where for k in s.keys) / max(1, len(s.keys)))
         missing += [key for key in stored.keys if key not in where]
         used.update(stored.keys)
         plan.append((name, shape, stored))
@@ -480,11 +492,16 @@ def architecture(config: ModelConfig) -> str:
     if c.moe is not None:
         if not isinstance(c.moe.router, TopKRouter) or not all_or_none or c.mlp_bias:
             return "moetrain"
+        if c.moe.router.score != "softmax" or c.moe.router.gate != "linear":
+            return "moetrain"
         if not c.qk_norm and not biased and c.moe.router.normalize:
             return "mixtral"
+        if c.qk_norm and c.qk_norm_over == "all":
+            plain = not sliding and c.qkv_bias == c.o_bias and c.num_heads * c.head_size == c.hidden_size
+            return "olmoe" if plain else "moetrain"
         return "qwen3_moe" if c.qk_norm and c.qkv_bias == c.o_bias else "moetrain"
     if c.qk_norm:
-        return "qwen3" if c.qkv_bias == c.o_bias and not c.mlp_bias else "moetrain"
+        return "qwen3" if c.qk_norm_over == "head" and c.qkv_bias == c.o_bias and not c.mlp_bias else "moetrain"
     # transformers refuses a LLaMA whose hidden size its heads don't divide, head_dim or not.
     if not sliding and c.qkv_bias == c.o_bias and c.hidden_size % c.num_heads == 0:
         return "llama"
@@ -502,6 +519,7 @@ _CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
     "moetrain": "MoetrainForCausalLM",
 }
 
@@ -541,7 +559,7 @@ def config_json(config: ModelConfig, dtype: torch.dtype, special: dict[str, Any]
         return raw
     raw["rope_theta"] = c.rope_theta
     raw["rope_scaling"] = _rope_scaling(c)
-    if kind in ("llama", "qwen3", "qwen3_moe"):
+    if kind in ("llama", "qwen3", "qwen3_moe", "olmoe"):
         raw["attention_bias"] = c.qkv_bias
     if kind == "llama":
         raw["mlp_bias"] = c.mlp_bias
@@ -559,6 +577,10 @@ def config_json(config: ModelConfig, dtype: torch.dtype, special: dict[str, Any]
         if kind == "mixtral":
             raw["num_local_experts"] = c.moe.num_experts
             raw["intermediate_size"] = c.moe.expert_dim
+        elif kind == "olmoe":
+            raw["num_experts"] = c.moe.num_experts
+            raw["intermediate_size"] = c.moe.expert_dim
+            raw["norm_topk_prob"] = c.moe.router.normalize
         else:
             raw["num_experts"] = c.moe.num_experts
             raw["moe_intermediate_size"] = c.moe.expert_dim
@@ -598,7 +620,8 @@ def write_model(
     """Write a Hugging Face folder that AutoModelForCausalLM loads; returns its files.
 
     tensors: (our name, tensor) of every parameter, once, in any order; memory is one shard. dtype: None keeps each tensor's. A top-k
-    router's output_scale is multiplied into the experts' down projections, since no stock architecture has it. tokenizer: written beside,
+    router's output_scale is multiplied into the experts' down projections, since no stock architecture has it; the weights of its noise,
+    which only training has, are left out and are 0 when the folder is read. tokenizer: written beside,
     its special tokens named in config.json. source: a Hugging Face folder whose tokenizer files and special tokens are taken over instead.
     The folder appears under its name only when it is whole. ValueError if it exists and is not empty.
     """
@@ -656,10 +679,15 @@ def _write_weights(
         tensor = tensor.detach()
         if scale != 1.0 and name.endswith("experts.down"):
             tensor = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * scale).to(tensor.dtype)
-        tensor = tensor.to("cpu", dtype or tensor.dtype).contiguous()
+        wanted = dtype or tensor.dtype
+        if name.endswith("router.selection_bias"):
+            wanted = torch.promote_types(wanted, torch.float32)  # a step of 0.001 is lost in bfloat16
+        tensor = tensor.to("cpu", wanted).contiguous()
         if stored_dtype is None and name == "embed.weight":
             stored_dtype = tensor.dtype
         layout = _layouts(name, shapes[name], mixtral)[0]
+        if not layout.keys:
+            continue
         for key, part in zip(layout.keys, tensor.view(len(layout.keys), *layout.shape).unbind(), strict=True):
             if shard and shard_bytes + part.nbytes > max_shard_bytes:
                 flush()

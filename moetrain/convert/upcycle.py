@@ -97,9 +97,8 @@ def _mixture_tensors(
             prefix, kind, _ = name.rsplit(".", 2)
             ffn[kind] = tensor
             if len(ffn) == 3:
-                for router in (f"{prefix}.router.weight", f"{prefix}.router.bias"):
-                    if router in shapes:
-                        yield router, initial_tensor(router, shapes[router], mixture, config.seed).to(dtype)
+                for router in (name for name in shapes if name.startswith(f"{prefix}.router.")):
+                    yield router, initial_tensor(router, shapes[router], mixture, config.seed).to(dtype)
                 gate_up, down = split_ffn(ffn["gate_proj"], ffn["up_proj"], ffn["down_proj"], config.num_experts)
                 yield f"{prefix}.experts.gate_up", gate_up
                 yield f"{prefix}.experts.down", down

@@ -54,4 +54,4 @@ def coefficients(config: ModelConfig, controller: BudgetController | None) -> di
     router = config.moe.router
     if isinstance(router, SigmoidSteRouter):
         return {"sparsity": router.sparsity_coef if controller is None else controller.coefficient}
-    return {"balance": router.balance_coef, "z": router.z_coef}
+    return {"balance": router.balance_coef, "z": router.z_coef} | ({"cv": router.cv_coef} if router.cv_coef else {})

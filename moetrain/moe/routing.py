@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
@@ -35,6 +36,18 @@ def visible(cls: type[_T]) -> type[_T]:
     return cls
 
 
+class StepCounts:
+    """Routes per expert, by layer, in the micro-batches of one optimizer step so far (arXiv 2501.11873, Alg. 1); made anew for each step."""
+
+    def __init__(self) -> None:
+        self._by_layer: dict[int, Tensor] = {}
+
+    def add(self, layer: int, counts: Tensor) -> Tensor:
+        """counts: (E,), of a micro-batch over all ranks. Returns the sum so far, these included."""
+        self._by_layer[layer] = counts if layer not in self._by_layer else self._by_layer[layer] + counts
+        return self._by_layer[layer]
+
+
 @dataclass(frozen=True)
 class TokenContext:
     """What layers know of the tokens beside their hidden states.
@@ -43,12 +56,16 @@ class TokenContext:
     valid: (T,) bool, False on padding, which has no routes and counts in no loss; None: all are valid.
     num_tokens: valid tokens of the whole optimizer step over all ranks, by which sums are divided; None: those of this call.
     group: ranks whose tokens belong to the same micro-batch (for statistics that a loss needs); None: this rank alone.
+    sequence: tokens per sample, which lie one after the other; None: all of this call are one sample.
+    counts: routes of the earlier micro-batches of this optimizer step; None: a micro-batch stands for itself.
     """
 
     keys: Tensor | None = None
     valid: Tensor | None = None
     num_tokens: float | Tensor | None = None
     group: dist.ProcessGroup | None = None
+    sequence: int | None = None
+    counts: StepCounts | None = None
 
 
 @visible
@@ -57,12 +74,15 @@ class Decision:
     """The part of routing that is not differentiable: made once, replayed when activation checkpointing computes a block again.
 
     active: (T, E) bool, the routes. probes: (T, E) of the router's dtype, importance of probe routes, 0 elsewhere and on every route; None:
-    no probes. load: (E,) share of each expert in the routes of the micro-batch over all ranks, where a loss needs it.
+    no probes. load: (E,) share of each expert in the routes of the micro-batch over all ranks, or (B, E) in those of each sequence, where a
+    loss needs it. chosen: (T, E) bool, the routes before some were dropped; None: none was. dropped: (), routes lost to a full expert; None: 0.
     """
 
     active: Tensor
     probes: Tensor | None = None
     load: Tensor | None = None
+    chosen: Tensor | None = None
+    dropped: Tensor | None = None
 
 
 @visible
@@ -85,7 +105,8 @@ class Routing:
 class LayerReport:
     """What a layer tells beside its output. losses: differentiable scalars. stats: detached sums over this rank's tokens, to be added over
     ranks and micro-batches: tokens (), load (E,) routes per expert, active_sq () sum of squared routes per token, empty () tokens without a
-    route, probes () probe routes. Nothing accumulates inside forward, since recomputation would count it twice."""
+    route, probes () probe routes, dropped () routes lost to a full expert. Nothing accumulates inside forward, since recomputation would count
+    it twice."""
 
     losses: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)
@@ -102,6 +123,7 @@ def statistics(decision: Decision, valid: Tensor | None) -> dict[str, Tensor]:
         "active_sq": per_token.square().sum(),
         "empty": ((per_token == 0) * real).sum(),
         "probes": per_token.new_zeros(()) if decision.probes is None else (decision.probes > 0).sum(dtype=torch.float64),
+        "dropped": per_token.new_zeros(()) if decision.dropped is None else decision.dropped.double(),
     }
 
 
@@ -170,6 +192,12 @@ def uniform(keys: Tensor, stream: int, n: int) -> Tensor:
     return ((bits >> 40) & ((1 << 24) - 1)).to(torch.float32) * 2.0**-24
 
 
+def normal(keys: Tensor, stream: int, n: int) -> Tensor:
+    """(T, n) float32, standard normal, made of `uniform` draws (Box-Muller); |z| < 5.8."""
+    radius, angle = uniform(keys, stream, 2 * n).chunk(2, -1)
+    return torch.sqrt(-2 * torch.log(1 - radius)) * torch.cos(2 * math.pi * angle)
+
+
 def token_count(context: TokenContext, x: Tensor) -> float | Tensor:
     """The divisor of losses: `context.num_tokens`, or the valid tokens of this call (at least 1)."""
     if context.num_tokens is not None:
@@ -180,7 +208,17 @@ def token_count(context: TokenContext, x: Tensor) -> float | Tensor:
 def global_load(active: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """(E,) share of each expert in all routes of the group's micro-batch; sums to 1, or is 0 when there is no route. float64 inside, so that
     the sum does not depend on how tokens are spread over ranks."""
-    counts = active.sum(0, dtype=torch.float64)
+    return shares(group_sum(active.sum(0, dtype=torch.float64), group))
+
+
+def group_sum(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over the ranks of a group; None: `values`. Without gradient."""
     if group is not None:
-        dist.all_reduce(counts, group=group)
-    return counts / counts.sum().clamp(min=1)
+        values = values.clone()
+        dist.all_reduce(values, group=group)
+    return values
+
+
+def shares(counts: Tensor) -> Tensor:
+    """(..., E) routes per expert -> each one's share; 0 where there is no route."""
+    return counts / counts.sum(-1, keepdim=True).clamp(min=1)

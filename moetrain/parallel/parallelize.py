@@ -94,16 +94,28 @@ def _ignored(module: nn.Module, meshes: Meshes) -> set[nn.Parameter]:
 @torch.no_grad()
 def copy_whole(parameter: Tensor, whole: Tensor) -> None:
     """Set a parameter, sharded or not, from its whole value: every rank takes its part, without communication."""
+    local, part = _own_part(parameter, whole)
+    local.copy_(part)
+
+
+@torch.no_grad()
+def add_whole(parameter: Tensor, whole: Tensor) -> None:
+    """Add to a parameter, sharded or not, as `copy_whole` sets it."""
+    local, part = _own_part(parameter, whole)
+    local.add_(part.to(local))
+
+
+def _own_part(parameter: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+    """What this rank holds of a parameter, and the same part of `whole`."""
     if parameter.shape != whole.shape:
         raise ValueError(f"shape {tuple(whole.shape)} given, {tuple(parameter.shape)} wanted")
     if not isinstance(parameter, DTensor):
-        parameter.copy_(whole)
-        return
+        return parameter, whole
     shape, offset = compute_local_shape_and_global_offset(whole.shape, parameter.device_mesh, parameter.placements)
     part = whole[tuple(slice(o, o + n) for o, n in zip(offset, shape))]
     local = parameter.to_local()
     assert local.shape == part.shape, f"local part {tuple(local.shape)}, computed {tuple(part.shape)}"
-    local.copy_(part)
+    return local, part
 
 
 def wholes(named: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -58,6 +58,8 @@ FAMILIES = {
         hf.Qwen3MoeConfig,
         dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=16, norm_topk_prob=True),
     ),
+    "olmoe": (hf.OlmoeConfig, dict(num_experts=4, num_experts_per_tok=2)),
+    "olmoe_normalized_bias": (hf.OlmoeConfig, dict(num_experts=5, num_experts_per_tok=3, norm_topk_prob=True, attention_bias=True)),
     "qwen3_moe_unnormalized": (
         hf.Qwen3MoeConfig,
         dict(
@@ -390,9 +392,20 @@ def test_architecture_by_features():
         (small(moe=topk(output_scale=2.0)), "mixtral"),
         (small(moe=topk(normalize=False)), "moetrain"),
         (small(moe=topk(normalize=False), qk_norm=True), "qwen3_moe"),
+        (small(moe=topk(), qk_norm=True, qk_norm_over="all"), "olmoe"),
+        (small(moe=topk(), qk_norm=True, qk_norm_over="all", head_dim=16), "moetrain"),  # OLMoE's norm is as wide as the model
+        (small(moe=topk(), qk_norm=True, qk_norm_over="all", sliding_window=4), "moetrain"),
+        (small(qk_norm=True, qk_norm_over="all"), "moetrain"),
         (small(moe=topk(), qk_norm=True, qkv_bias=True), "moetrain"),
         (small(moe=topk(), sliding_window=4, sliding_layers=[1]), "moetrain"),
         (small(moe=sigmoid, qk_norm=True), "moetrain"),
+        # What acts in training alone changes nothing.
+        (small(moe=topk(jitter=0.1, noise=True, second="random", capacity_factor=1.0, cv_coef=0.1, balance_over="sequence")), "mixtral"),
+        (small(moe=topk(capacity_factor=1.0, normalize=False), qk_norm=True), "qwen3_moe"),
+        (small(moe=topk(score="sigmoid")), "moetrain"),
+        (small(moe=topk(score="sigmoid", selection_bias=True, num_groups=2)), "moetrain"),
+        (small(moe=topk(gate="mlp")), "moetrain"),
+        (small(moe=topk(gate="cosine"), qk_norm=True), "moetrain"),
     ]
     for config, expected in table:
         assert architecture(config) == expected, config
@@ -408,6 +421,65 @@ def test_output_scale_goes_into_the_experts(tmp_path):
     assert (logits(stock, random_tokens()) - logits(model, random_tokens())).abs().max() <= 1e-5
     assert read_config(tmp_path / "a").moe.router.output_scale == 1.0
     assert (logits(load_ours(tmp_path / "a"), random_tokens()) - logits(model, random_tokens())).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("router", "stock", "features"),
+    [
+        (dict(top_k=1, jitter=0.1, capacity_factor=1.0, normalize=False), "Qwen3MoeForCausalLM", dict(qk_norm=True)),
+        (dict(top_k=2, second="random", capacity_factor=1.0, balance_count="first"), "MixtralForCausalLM", {}),
+        (dict(top_k=2, noise=True, cv_coef=0.01, output_scale=2.0), "MixtralForCausalLM", {}),
+    ],
+    ids=["switch", "gshard", "noisy"],
+)  # fmt: skip
+def test_what_acts_in_training_alone_exports_to_stock(router, stock, features, tmp_path):
+    """The stock architecture computes our evaluation's logits; the folder read back keeps the options, and the noise's weights start at 0."""
+    config = small(moe=MoEConfig(num_experts=4, expert_dim=8, router=TopKRouter(**router)), init_std=0.2, **features)
+    model = Transformer(config).eval()
+    init_weights(model, 0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "router" in name:
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    write_model(tmp_path / "a", config, model.named_parameters())
+    theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert type(theirs).__name__ == stock
+    assert (logits(theirs, random_tokens()) - logits(model, random_tokens())).abs().max() <= 1e-5
+    ours = load_ours(tmp_path / "a")
+    assert ours.config.moe.router == TopKRouter(**router | {"output_scale": 1.0})
+    assert (logits(ours, random_tokens()) - logits(model, random_tokens())).abs().max() <= 1e-5
+    assert not any(p.any() for n, p in ours.named_parameters() if n.endswith("router.noise"))
+
+
+def test_the_selection_bias_stays_float32(tmp_path):
+    """In a bfloat16 folder, where a step of 0.001 on a bias of 1 would be lost; also as transformers loads it in bfloat16."""
+    router = TopKRouter(top_k=2, score="sigmoid", selection_bias=True)
+    config = small(moe=MoEConfig(num_experts=4, expert_dim=8, router=router))
+    model = Transformer(config)
+    init_weights(model, 0)
+    name = "layers.1.ffn.router.selection_bias"
+    bias = dict(model.named_parameters())[name]
+    bias.data.copy_(torch.tensor([1.001, -0.003, 0.5, 0.1234567]))
+    write_model(tmp_path / "a", config, model.named_parameters(), dtype=torch.bfloat16)
+    read = dict(read_tensors(tmp_path / "a", config))
+    assert torch.equal(read[name], bias) and read["embed.weight"].dtype == torch.bfloat16
+    theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "a", trust_remote_code=True, dtype=torch.bfloat16)
+    assert torch.equal(theirs.model.layers[1].mlp.gate.selection_bias, bias) and theirs.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_a_stock_folder_whose_own_config_says_another_router_is_refused(tmp_path):
+    config = small(moe=MoEConfig(num_experts=4, expert_dim=8, router=TopKRouter(top_k=2)))
+    model = Transformer(config)
+    init_weights(model, 0)
+    write_model(tmp_path / "a", config, model.named_parameters())
+    file = tmp_path / "a" / "config.json"
+    raw = json.loads(file.read_text())
+    for key, value in (("score", "sigmoid"), ("gate", "cosine")):
+        changed = json.loads(json.dumps(raw))
+        changed["moetrain"]["moe"]["router"][key] = value
+        file.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=f"moe.router.{key} is {value}"):
+            read_config(tmp_path / "a")
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):

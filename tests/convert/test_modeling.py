@@ -25,11 +25,18 @@ MODELS = {
     "bias": dict(router=SigmoidSteRouter(bias=True, bias_init=-0.5)),
     "residual": dict(router=SigmoidSteRouter(input="residual")),
     "topk": dict(router=TopKRouter(top_k=2, normalize=False, output_scale=2.0)),
+    "deepseek": dict(
+        router=TopKRouter(top_k=2, score="sigmoid", selection_bias=True, output_scale=2.5, num_groups=4, top_groups=3), num_experts=8,
+    ),
+    "sigmoid_plain": dict(router=TopKRouter(top_k=3, score="sigmoid", normalize=False), qk_norm=True),
+    "mlp_noise": dict(router=TopKRouter(top_k=2, gate="mlp", noise=True, cv_coef=0.01, capacity_factor=1.0)),
+    "cosine": dict(router=TopKRouter(top_k=2, gate="cosine", cosine_temperature=0.1, second="random")),
     "topk_odd_bias": dict(router=TopKRouter(top_k=2), o_bias=True),
     "qk_norm_tied_yarn": dict(router=SigmoidSteRouter(), qk_norm=True, tie_embeddings=True, rope_scaling=YARN),
     "biases_llama3": dict(router=SigmoidSteRouter(), qkv_bias=True, o_bias=True, rope_scaling=LLAMA3),
     "window_all_linear": dict(router=SigmoidSteRouter(), sliding_window=4, rope_scaling=LINEAR),
     "window_some": dict(router=SigmoidSteRouter(), sliding_window=4, sliding_layers=[1], head_dim=16),
+    "norm_over_all": dict(router=SigmoidSteRouter(), qk_norm=True, qk_norm_over="all", head_dim=16),
     "one_expert": dict(router=SigmoidSteRouter(), num_experts=1),
     "dense": dict(router=None, qk_norm=True, mlp_bias=True, sliding_window=4, sliding_layers=[0]),
 }
@@ -74,9 +81,11 @@ def test_logits_cache_padding_and_generation(name, tmp_path):
     # What was written is read back.
     config = read_config(tmp_path / "model")
     read = dict(read_tensors(tmp_path / "model", config))
-    scale = 2.0 if name == "topk" else 1.0  # output_scale, multiplied into `down`
+    scale = {"topk": 2.0, "deepseek": 2.5}.get(name, 1.0)  # output_scale, multiplied into `down`
     for key, p in ours.named_parameters():
-        assert torch.equal(read[key], p * scale if key.endswith("experts.down") else p)
+        # What only training uses is left out.
+        wanted = p * scale if key.endswith("experts.down") else p * 0 if key.endswith("router.noise") else p
+        assert torch.equal(read[key].to(p.dtype), wanted)
     # In pieces through the cache.
     cache, pieces = None, []
     for part in tokens.split([7, 1, 5, 1, 5], dim=1):

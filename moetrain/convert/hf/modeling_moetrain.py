@@ -1,6 +1,7 @@
 """Inference of models trained with moetrain that no stock architecture of transformers computes; needs torch and transformers alone.
 
-Routers are sigmoid_ste (independent gates, those above a threshold route: a token has any number of experts, none included) and topk.
+Routers are sigmoid_ste (independent gates, those above a threshold route: a token has any number of experts, none included) and topk (by
+softmax or sigmoid scores of a linear, two-layer or cosine gate, with a bias that only chooses, and groups of experts).
 Attention has grouped heads, biases, q/k norms, sliding windows and rotary positions with linear, llama3 or yarn scaling. The key `moetrain`
 of config.json holds every option.
 
@@ -109,15 +110,19 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, K * C, bias=config["qkv_bias"])
         self.v_proj = nn.Linear(D, K * C, bias=config["qkv_bias"])
         self.o_proj = nn.Linear(H * C, D, bias=config["o_bias"])
-        self.q_norm = RMSNorm(C, config["norm_eps"]) if config["qk_norm"] else None
-        self.k_norm = RMSNorm(C, config["norm_eps"]) if config["qk_norm"] else None
+        self.norm_over_all = config["qk_norm"] and config.get("qk_norm_over") == "all"
+        widths = (H * C, K * C) if self.norm_over_all else (C, C)
+        self.q_norm, self.k_norm = (RMSNorm(width, config["norm_eps"]) if config["qk_norm"] else None for width in widths)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, start: int, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
         """x: (B, S, D). start: positions already in the cache. attention_mask: (B, >= start + S), 0 on padding, or (B, 1, S, L) bool."""
         B, S, _ = x.shape
         q, k, v = (p(x).view(B, S, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            if self.norm_over_all:
+                q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
+            else:
+                q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = _rotate(q, cos, sin).transpose(1, 2), _rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             # transformers 4 wants to be told where a static cache goes on; 5 knows and ignores it.
@@ -162,6 +167,27 @@ class FeedForward(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Gate(nn.Module):
+    """Logits of a token's experts. output: the second matrix of a two-layer gate. selection_bias: added to what chooses, not to what weighs."""
+
+    def __init__(self, dim: int, num_experts: int, options: dict) -> None:
+        super().__init__()
+        self.kind, self.temperature = options.get("gate", "linear"), options.get("cosine_temperature", 1.0)
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.bias = nn.Parameter(torch.empty(num_experts)) if options.get("bias") else None
+        self.output = nn.Parameter(torch.empty(num_experts, num_experts)) if self.kind == "mlp" else None
+        self.selection_bias = nn.Parameter(torch.empty(num_experts)) if options.get("selection_bias") else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (T, D). Returns (T, E), float32 or float64."""
+        dtype = _wide(x)
+        x, weight = x.to(dtype), self.weight.to(dtype)
+        if self.kind == "cosine":
+            return F.linear(F.normalize(x, dim=-1), F.normalize(weight, dim=-1)) / self.temperature
+        hidden = F.linear(x, weight, None if self.bias is None else self.bias.to(dtype))
+        return hidden if self.output is None else F.linear(torch.tanh(hidden), self.output.to(dtype))
+
+
 class MoE(nn.Module):
     """Each expert computes the tokens that have a route to it and no others."""
 
@@ -171,7 +197,7 @@ class MoE(nn.Module):
         self.options = moe["router"]
         if self.options["type"] not in ("sigmoid_ste", "topk"):
             raise ValueError(f"moe.router.type is {self.options['type']!r}; supported: sigmoid_ste, topk")
-        self.gate = nn.Linear(D, moe["num_experts"], bias=bool(self.options.get("bias", False)))
+        self.gate = Gate(D, moe["num_experts"], self.options)
         self.experts = nn.ModuleList(FeedForward(D, moe["expert_dim"]) for _ in range(moe["num_experts"]))
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -188,14 +214,20 @@ class MoE(nn.Module):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (T, D). Returns weights (T, E), 0 where there is no route, and the routes (T, E) bool."""
         options, dtype = self.options, _wide(x)
-        bias = None if self.gate.bias is None else self.gate.bias.to(dtype)
-        logits = F.linear(x.to(dtype), self.gate.weight.to(dtype), bias)
+        logits = self.gate(x)
         if options["type"] == "topk":
-            chosen = logits.sort(dim=-1, descending=True, stable=True).indices[:, : options["top_k"]]
+            sigmoid = options.get("score") == "sigmoid"
+            scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
+            ranking = scores if sigmoid else logits
+            if self.gate.selection_bias is not None:
+                ranking = ranking + self.gate.selection_bias.to(dtype)
+            if options.get("num_groups", 1) > 1:
+                ranking = _within_groups(ranking, options["num_groups"], options["top_groups"], options["top_k"])
+            chosen = ranking.sort(dim=-1, descending=True, stable=True).indices[:, : options["top_k"]]
             active = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, chosen, True)
-            weights = logits.softmax(-1) * active
+            weights = scores * active
             if options["normalize"]:
-                weights = weights / weights.sum(-1, keepdim=True)
+                weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
             return weights * options["output_scale"], active
         gates = logits.sigmoid()
         active = gates > options["threshold"]
@@ -206,6 +238,15 @@ class MoE(nn.Module):
         if options["rescale"] == "count" and options.get("rescale_in_eval", True):
             weights = weights * (gates.shape[-1] / active.sum(-1, keepdim=True).clamp(min=1).to(dtype))
         return weights, active
+
+
+def _within_groups(scores: Tensor, num_groups: int, top_groups: int, top_k: int) -> Tensor:
+    """(T, E), -inf for experts outside the groups whose top_k / top_groups best scores add up to most."""
+    groups = scores.view(scores.shape[0], num_groups, -1)
+    best = groups.topk(min(groups.shape[2], max(1, top_k // top_groups))).values.sum(-1)
+    kept = best.sort(dim=-1, descending=True, stable=True).indices[:, :top_groups]
+    seen = torch.zeros_like(best, dtype=torch.bool).scatter(-1, kept, True)
+    return torch.where(seen[:, :, None], groups, -math.inf).view_as(scores)
 
 
 class Layer(nn.Module):
@@ -237,6 +278,7 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _no_split_modules = ["Layer"]
+    _keep_in_fp32_modules_strict = ["selection_bias"]
     _supports_sdpa = True
     # transformers 5 wants to know what is tied to what, 4 the names alone.
     _tied_weights_keys = (
@@ -259,6 +301,9 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
+        elif isinstance(module, Gate):
+            for name, parameter in module.named_parameters():
+                nn.init.zeros_(parameter) if "bias" in name else nn.init.normal_(parameter, std=self.config.initializer_range)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens

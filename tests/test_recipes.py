@@ -1,0 +1,73 @@
+"""The recipes in configs/: each reads without a word, has its paper's routing, and its model can be built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moetrain.cli import main
+from moetrain.config import ModelConfig, TopKRouter, UpcycleConfig, load_config
+from moetrain.convert.huggingface import read_config, read_tensors, write_model
+from moetrain.convert.upcycle import moe_config, upcycle
+from moetrain.model import Transformer, init_weights
+
+FOLDER = Path(__file__).resolve().parents[1] / "configs"
+# Parameters in billions and the router's options that differ from the defaults.
+RECIPES: dict[str, tuple[float, dict[str, Any]]] = {
+    "switch": (
+        7.33, dict(top_k=1, normalize=False, jitter=0.01, capacity_factor=1.25, drop="position", init_std=0.0114),
+    ),
+    "gshard": (38.8, dict(top_k=2, second="random", capacity_factor=1.0, balance_count="first")),
+    "llama_moe": (6.74, dict(top_k=4, gate="mlp", noise=True, cv_coef=0.01, balance_coef=0.0)),
+    "deepseek_v3_style": (
+        704.9,
+        dict(
+            top_k=8, score="sigmoid", output_scale=2.5, selection_bias=True, bias_rate=1e-3, num_groups=8, top_groups=4, balance_coef=1e-4,
+            balance_over="sequence", init_std=0.006,
+        ),
+    ),
+    "openmoe": (40.31, dict(top_k=2, capacity_factor=2.0, z_coef=1e-4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(name, capsys):
+    path = FOLDER / f"{name}.yaml"
+    assert main(["config", "--config", str(path)]) == 0
+    assert capsys.readouterr().err == ""
+    config = load_config(path)
+    billions, router = RECIPES[name]
+    assert config.model.moe.router == TopKRouter(**router)
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    count = sum(p.numel() for p in model.parameters())
+    assert count == config.model.num_params() and count / 1e9 == pytest.approx(billions, rel=2e-3)
+
+
+def test_upcycled_llama_is_the_recipes_model():
+    """What `moetrain upcycle` makes of Llama-2-7B by the recipe is the recipe's model, but for the scale that goes into the experts."""
+    config = load_config(FOLDER / "llama_moe.yaml")
+    dense = config.model.model_copy(update={"moe": None})
+    made = moe_config(dense, config.upcycle)
+    assert made.moe.router.output_scale == 4.0
+    folded = made.moe.router.model_copy(update={"output_scale": 1.0})
+    assert made.moe.model_copy(update={"router": folded}) == config.model.moe
+
+
+def test_a_small_llama_upcycled_by_the_recipe_is_read_for_training(tmp_path):
+    """The gate's two matrices are drawn, the noise's weights start at 0, and the folder gives a value to every parameter."""
+    recipe = load_config(FOLDER / "llama_moe.yaml").upcycle
+    dense = ModelConfig(vocab_size=32, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32)
+    model = Transformer(dense)
+    init_weights(model, 0)
+    write_model(tmp_path / "dense", dense, model.named_parameters())
+    upcycle(UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "moe"), method="llama_moe", num_experts=16, router=recipe.router))
+    config = read_config(tmp_path / "moe")
+    assert config.moe.router == recipe.router
+    read = dict(read_tensors(tmp_path / "moe", config))
+    Transformer(config).load_state_dict(read, strict=True)
+    assert not read["layers.1.ffn.router.noise"].any()
+    assert read["layers.1.ffn.router.output"].std() > 0.01 and read["layers.1.ffn.router.weight"].std() > 0.01
