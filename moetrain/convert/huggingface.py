@@ -102,7 +102,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     if not isinstance(raw["moetrain"], dict):
         raise ValueError(f"{path}: `moetrain` must be a mapping with the model's config, found {raw['moetrain']!r}")
     full = _validate(raw["moetrain"], path)
-    difference = next(_differences(full, stock), None)
+    difference = next(config_differences(full, stock), None)
     if difference is not None:
         field, ours, theirs = difference
         raise ValueError(
@@ -117,8 +117,8 @@ def _validate(model: dict[str, Any], path: Path) -> ModelConfig:
     return config
 
 
-def _differences(full: ModelConfig, stock: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
-    """(field, value, other value) for what acts in inference."""
+def config_differences(full: ModelConfig, stock: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
+    """(field, value, other value) for what acts in inference, where two configs differ."""
     for name in ModelConfig.model_fields:
         if name in ("init_std", "moe") or (name == "intermediate_size" and full.moe is not None):
             continue
@@ -144,9 +144,10 @@ def _differences(full: ModelConfig, stock: ModelConfig) -> Iterator[tuple[str, A
         if full.moe.router.type != stock.moe.router.type:
             yield "moe.router.type", full.moe.router.type, stock.moe.router.type
             return
-        for name in ("top_k", "normalize", "output_scale"):
-            if getattr(full.moe.router, name) != getattr(stock.moe.router, name):
-                yield f"moe.router.{name}", getattr(full.moe.router, name), getattr(stock.moe.router, name)
+        for name in ("top_k", "normalize", "output_scale", "threshold", "zero_routes", "rescale", "rescale_in_eval", "bias", "input"):
+            a, b = getattr(full.moe.router, name, None), getattr(stock.moe.router, name, None)
+            if a != b:
+                yield f"moe.router.{name}", a, b
 
 
 def _sliding_layers(config: ModelConfig) -> list[int]:
