@@ -104,7 +104,9 @@ def test_branch_train_mix(how, tmp_path):
     assert (logits(exported, random_tokens()) - logits(load_ours(tmp_path / "moe"), random_tokens())).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("router", [None, TopKRouter(top_k=2, normalize=False, init_std=1e-13), SigmoidSteRouter(bias=True, bias_init=1.0, init_std=1e-13)])
+@pytest.mark.parametrize(
+    "router", [None, TopKRouter(top_k=2, normalize=False, init_std=1e-13), SigmoidSteRouter(bias=True, bias_init=1.0, init_std=1e-13)]
+)
 def test_equal_models_mix_to_themselves(router, tmp_path):
     stock = save_stock("llama", tmp_path / "seed")
     report = upcycle(
