@@ -81,7 +81,7 @@ def scale_experts(gate_up: Tensor, down: Tensor, factor: float) -> None:
     """
     assert factor > 0, "a weight is positive"
     root = math.sqrt(factor)
-    for part in (gate_up.chunk(2, dim=1)[1], down):
+    for part in (*gate_up.chunk(2, dim=1)[1], *down):  # one expert at a time: the product is in float32
         part.copy_(_wide(part) * root)
 
 

@@ -34,19 +34,21 @@ def merge(base: Tensor, others: list[Tensor], how: str, density: float, scale: f
 def ties(differences: Tensor, density: float) -> Tensor:
     """differences (N, ...) -> (...): keep the `density` largest entries of each, elect the sign of the sum at each place, add those that agree
     (TIES, arXiv 2306.01708, with MergeME's sum in place of the mean; trimmed per parameter, not over the whole model)."""
-    flat = differences.flatten(1)
-    count = max(1, round(density * flat.shape[1]))
-    # A stable sort, not topk: among equal sizes the earlier place is kept, on every machine.
-    kept = torch.sort(flat.abs(), dim=1, descending=True, stable=True).indices[:, :count]
-    trimmed = torch.zeros_like(flat).scatter(1, kept, flat.gather(1, kept))
+    trimmed = torch.zeros_like(differences)
+    for difference, kept in zip(differences.flatten(1), trimmed.flatten(1)):
+        # A stable sort, not topk: among equal sizes the earlier place is kept, on every machine. One model at a time, for the memory.
+        places = torch.sort(difference.abs(), descending=True, stable=True).indices[: max(1, round(density * difference.numel()))]
+        kept[places] = difference[places]
     sign = trimmed.sum(0).sign()
-    return (trimmed * (trimmed.sign() == sign)).sum(0).view(differences.shape[1:])
+    return (trimmed * (trimmed.sign() == sign)).sum(0)
 
 
 def dare(differences: Tensor, density: float, draws: torch.Generator) -> Tensor:
     """differences (N, ...) -> (...): each entry is kept with probability `density` and then divided by it; the sum (DARE, arXiv 2311.03099)."""
-    kept = torch.rand(differences.shape, generator=draws, dtype=torch.float64) < density
-    return (differences * kept).sum(0) / density
+    merged = torch.zeros_like(differences[0])
+    for difference in differences:
+        merged += difference * (torch.rand(difference.shape, generator=draws) < density)
+    return merged / density
 
 
 def aggregate(name: str, tensors: list[Tensor], model: ModelConfig, how: str, draws: torch.Generator) -> Tensor:

@@ -106,10 +106,8 @@ def balanced_assignment(cost: Tensor) -> Tensor:
     cost = cost.clone()
     while (free := (labels < 0).nonzero()[:, 0]).numel():
         price, choice = cost[free].min(1)
-        for cluster in range(num_clusters):
+        for cluster in choice.unique().tolist():
             asking = choice == cluster
-            if not asking.any():
-                continue
             order = torch.sort(price[asking], stable=True).indices[: room[cluster]]
             labels[free[asking][order]] = cluster
             room[cluster] -= order.numel()
