@@ -102,25 +102,26 @@ def compare(reference: str | Path, before: ModelConfig, result: str | Path, afte
     old.start(tokens)
     new.start(tokens)
     layers = []
+    active: tuple[list[float], list[float]] = ([], [])
     for i in range(before.num_layers):
         a, b = old.block(i), new.block(i)
         # The new FFN on the old one's input: the layer by itself, without what earlier layers did.
         stream = old.x + a.attn(a.attn_norm(old.x), old.layout)
         normed = a.ffn_norm(stream).flatten(0, 1)
-        y, _ = a.ffn(normed, TokenContext(), stream.flatten(0, 1))
+        y, old_report = a.ffn(normed, TokenContext(), stream.flatten(0, 1))
         other, _ = b.ffn(normed, TokenContext(), stream.flatten(0, 1))
         old.x = stream + y.view_as(stream)
         new.x, report = b(new.x, new.layout, TokenContext())
         row = {"ffn": _difference(other, y), "hidden": _difference(new.x, old.x)}
+        for means, stats in zip(active, (old_report.stats, report.stats)):
+            if stats:
+                means.append(float(stats["load"].sum() / stats["tokens"]))
         if report.stats:
-            row["active"] = float(report.stats["load"].sum() / report.stats["tokens"])
+            row["active"] = active[1][-1]
             row["empty"] = float(report.stats["empty"] / report.stats["tokens"])
         layers.append(row)
     first, second = old.finish(), new.finish()
-    active = [row["active"] for row in layers if "active" in row]
-    mean_active = sum(active) / len(active) if active else None
-    # Of a mixture turned dense the mean is not measured: all its experts were used.
-    means = (None, mean_active)
+    mean_active = [sum(means) / len(means) if means else None for means in active]
     return Receipt(
         sample=sample,
         tokens=tokens.numel(),
@@ -128,8 +129,8 @@ def compare(reference: str | Path, before: ModelConfig, result: str | Path, afte
         logits=_difference(second, first),
         loss=(_loss(first, tokens), _loss(second, tokens)),
         parameters=(before.num_params(), after.num_params()),
-        activated=tuple(c.num_active_params(m) for c, m in zip((before, after), means)),
-        flops_per_token=tuple(c.flops_per_token(tokens.shape[1], m) for c, m in zip((before, after), means)),
+        activated=tuple(c.num_active_params(m) for c, m in zip((before, after), mean_active)),
+        flops_per_token=tuple(c.flops_per_token(tokens.shape[1], m) for c, m in zip((before, after), mean_active)),
     )
 
 

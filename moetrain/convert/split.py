@@ -10,6 +10,7 @@ import hashlib
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 _ROUNDS = 20
 """Of k-means; it mostly stands still after ten."""
@@ -76,17 +77,18 @@ def balanced_kmeans(points: Tensor, num_clusters: int, metric: str, draws: torch
     points = points.to(torch.promote_types(points.dtype, torch.float32))
     if metric == "cosine":
         points = points / points.norm(dim=1, keepdim=True).clamp(min=torch.finfo(points.dtype).tiny)
-    centers = points[_plus_plus(points, num_clusters, draws)]
+    squares = points.square().sum(1)
+    centers = points[_plus_plus(points, squares, num_clusters, draws)]
     best, least, labels = None, float("inf"), None
     for _ in range(_ROUNDS):
-        distances = _squared_distances(points, centers)
+        distances = _squared_distances(points, squares, centers)
         previous, labels = labels, balanced_assignment(distances)
         total = float(distances.gather(1, labels[:, None]).sum(dtype=torch.float64))
         if total < least:
             best, least = labels, total
         if previous is not None and torch.equal(previous, labels):
             break
-        centers = points[groups(labels, num_clusters)].mean(1)
+        centers = one_hot(labels, num_clusters).to(points.dtype).T @ points / (len(labels) // num_clusters)
         if metric == "cosine":
             centers = centers / centers.norm(dim=1, keepdim=True).clamp(min=torch.finfo(points.dtype).tiny)
     if best is None:
@@ -116,10 +118,10 @@ def balanced_assignment(cost: Tensor) -> Tensor:
     return labels
 
 
-def _plus_plus(points: Tensor, count: int, draws: torch.Generator) -> Tensor:
+def _plus_plus(points: Tensor, squares: Tensor, count: int, draws: torch.Generator) -> Tensor:
     """(count,) points to start from, each drawn in proportion to its squared distance from those before it."""
     chosen = [int(torch.randint(points.shape[0], (1,), generator=draws))]
-    nearest = _squared_distances(points, points[chosen])[:, 0]
+    nearest = _squared_distances(points, squares, points[chosen])[:, 0]
     for _ in range(count - 1):
         weight = nearest.double().clamp(min=0)
         weight[chosen] = 0
@@ -131,10 +133,10 @@ def _plus_plus(points: Tensor, count: int, draws: torch.Generator) -> Tensor:
         # A draw by hand: torch.multinomial takes no more than 2^24 points.
         place = torch.rand((), generator=draws, dtype=torch.float64) * weight.sum()
         chosen.append(min(int(torch.searchsorted(weight.cumsum(0), place, right=True)), points.shape[0] - 1))
-        nearest = torch.minimum(nearest, _squared_distances(points, points[chosen[-1:]])[:, 0])
+        nearest = torch.minimum(nearest, _squared_distances(points, squares, points[chosen[-1:]])[:, 0])
     return torch.tensor(chosen)
 
 
-def _squared_distances(points: Tensor, centers: Tensor) -> Tensor:
-    """(N, C)."""
-    return (points.square().sum(1)[:, None] - 2 * points @ centers.T + centers.square().sum(1)).clamp(min=0)
+def _squared_distances(points: Tensor, squares: Tensor, centers: Tensor) -> Tensor:
+    """(N, C). squares: (N,), of the points' lengths."""
+    return (squares[:, None] - 2 * points @ centers.T + centers.square().sum(1)).clamp(min=0)

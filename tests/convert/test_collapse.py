@@ -49,6 +49,8 @@ def test_copies_come_back(router, tmp_path):
     report = back(tmp_path / "moe", tmp_path / "back", join="copies")
     difference = logits(load_ours(tmp_path / "back"), random_tokens()) - logits(load_ours(tmp_path / "moe"), random_tokens())
     assert difference.abs().max() <= 1e-5 and report.receipt.logits <= 1e-5
+    # What the mixture uses, not what it has.
+    assert report.receipt.activated[0] == read_config(tmp_path / "moe").num_active_params(router.top_k)
 
 
 def test_refusals(tmp_path):
