@@ -8,10 +8,11 @@ import torch
 
 from moetrain.config import ModelConfig, SigmoidSteRouter, UpcycleConfig
 from moetrain.convert import calibrate
+from moetrain.convert.huggingface import read_config, read_tensors
 from moetrain.convert.upcycle import upcycle
 from moetrain.data.indexed import IndexedWriter
 from moetrain.model import Transformer, init_weights
-from tests.convert.test_huggingface import load_ours, logits, random_tokens, save_stock
+from tests.convert.test_huggingface import logits, random_tokens, save_stock
 
 CONFIG = ModelConfig(vocab_size=30, hidden_size=8, num_layers=2, num_heads=2, intermediate_size=20, init_std=0.4)
 
@@ -105,18 +106,26 @@ def test_sequence_clusters(model):
     assert labels.shape == (7,) and sorted(labels[:6].tolist()) == [0, 0, 1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("split", ["coactivation", "importance"])
+@pytest.mark.parametrize("split", ["contiguous", "random", "cluster", "coactivation", "importance"])
 def test_cut_model_is_the_dense_model(split, tmp_path):
-    stock = save_stock("llama", tmp_path / "dense")
-    data = write_data(tmp_path / "text")
+    """Every split, all gates at 1 (sigmoid(40) rounds to it), float64; and the same cut when done again."""
+    save_stock("llama", tmp_path / "dense", torch.float64)
     router = SigmoidSteRouter(rescale="none", bias=True, bias_init=40.0)
-    options = dict(dense=str(tmp_path / "dense"), num_experts=8, router=router, split=split, calibration=data, calibration_seq_len=20)
+    options = dict(dense=str(tmp_path / "dense"), num_experts=8, router=router, split=split)
+    if split in ("coactivation", "importance"):
+        options |= dict(calibration=write_data(tmp_path / "text"), calibration_seq_len=20)
     report = upcycle(UpcycleConfig(output=str(tmp_path / "moe"), **options))
-    assert (logits(load_ours(tmp_path / "moe"), random_tokens()) - logits(stock, random_tokens())).abs().max() <= 1e-5
-    assert report.receipt.logits <= 1e-5
     upcycle(UpcycleConfig(output=str(tmp_path / "again"), **options))
-    first, second = (load_ours(tmp_path / name).state_dict() for name in ("moe", "again"))
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    found = []
+    for name in ("dense", "moe", "again"):
+        model = Transformer(read_config(tmp_path / name)).double().eval()
+        model.load_state_dict(dict(read_tensors(tmp_path / name, model.config)))
+        found.append(model)
+    assert (logits(found[1], random_tokens()) - logits(found[0], random_tokens())).abs().max() <= 1e-10 and report.receipt.logits <= 1e-10
+    second = found[2].state_dict()
+    assert all(torch.equal(value, second[name]) for name, value in found[1].state_dict().items())
+    plain = torch.equal(found[1].layers[0].ffn.experts.down[0], found[0].layers[0].ffn.down_proj.weight[:, :6])
+    assert plain == (split == "contiguous")
 
 
 def test_refusals(tmp_path):

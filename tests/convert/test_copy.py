@@ -245,3 +245,25 @@ def test_plain_copy_is_bit_equal(tmp_path):
             old = [dense_tensors[f"layers.{i}.ffn.{k}_proj.weight"] for k in ("gate", "up", "down")]
             assert torch.equal(copied[f"layers.{i}.ffn.experts.gate_up"][e], torch.cat(old[:2]))
             assert torch.equal(copied[f"layers.{i}.ffn.experts.down"][e], old[2])
+
+
+@pytest.mark.parametrize("method,copies,slices", [("copy", 8, 1), ("drop", 8, 1), ("virtual_groups", 4, 2), ("dsmoe", 1, 8)])
+def test_each_layer_is_scaled_by_its_own_norm(method, copies, slices, tmp_path):
+    """up and down of every expert are the dense ones times the square root of that layer's factor, gate is untouched."""
+    save_stock("llama", tmp_path / "dense")
+    router = SigmoidSteRouter(init_std=0.4)
+    options = {"drop_ratio": 0.0} if method == "drop" else {"weight_scaling": True} if method == "dsmoe" else {}
+    upcycle(UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "moe"), method=method, router=router, **options))
+    old, new = (dict(read_tensors(tmp_path / n, read_config(tmp_path / n))) for n in ("dense", "moe"))
+    roots = []
+    for i in range(2):
+        roots.append(step_0_factor(router, copies, 1 if method == "dsmoe" else slices, old[f"layers.{i}.ffn_norm.weight"]) ** 0.5)
+        gate_up, down = new[f"layers.{i}.ffn.experts.gate_up"], new[f"layers.{i}.ffn.experts.down"]
+        size = down.shape[2]
+        for e in range(8):
+            part = slice(e % slices * size, (e % slices + 1) * size)
+            gate, up = gate_up[e].chunk(2)
+            assert torch.equal(gate, old[f"layers.{i}.ffn.gate_proj.weight"][part])
+            assert torch.allclose(up, old[f"layers.{i}.ffn.up_proj.weight"][part] * roots[i], rtol=1e-6)
+            assert torch.allclose(down[e], old[f"layers.{i}.ffn.down_proj.weight"][:, part] * roots[i], rtol=1e-6)
+    assert abs(roots[0] - roots[1]) > 1e-4
