@@ -100,6 +100,12 @@ def test_importance_partition_gives_each_cluster_its_own():
     assert calibrate.importance_partition(torch.zeros(1, 4)).tolist() == [[0, 1, 2, 3]]
 
 
+def test_importance_partition_goes_by_share():
+    """Neuron 0 matters ten times as much as the others, a little more on data 0; neurons 1 and 2 matter on data 0 alone, and go there."""
+    values = torch.tensor([[10.0, 2.0, 2.0, 0.0], [9.0, 0.0, 0.0, 5.0]], dtype=torch.float64)
+    assert calibrate.importance_partition(values).tolist() == [[1, 2], [0, 3]]
+
+
 def test_sequence_clusters(model):
     """As many sequences each, those over go to the nearest; padding counts for nothing."""
     labels = calibrate.sequence_clusters(model, sequences(7), 3, torch.Generator().manual_seed(0))

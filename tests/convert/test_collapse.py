@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from moetrain.config import SigmoidSteRouter, TopKRouter, UpcycleConfig
+from moetrain.config import ModelConfig, MoEConfig, SigmoidSteRouter, TopKRouter, UpcycleConfig
+from moetrain.convert.collapse import collapse
 from moetrain.convert.huggingface import read_config, read_tensors
 from moetrain.convert.upcycle import upcycle
 from tests.convert.test_huggingface import load_ours, logits, random_tokens, save_stock
@@ -68,3 +69,16 @@ def test_refusals(tmp_path):
         with pytest.raises(ValueError, match=message):
             back(tmp_path / name, tmp_path / "out", join=join)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("other", ["gate_up", "down"])
+def test_one_number_that_differs_is_seen(other):
+    model = ModelConfig(
+        vocab_size=4, hidden_size=3, num_layers=1, num_heads=1, intermediate_size=5,
+        moe=MoEConfig(num_experts=2, expert_dim=5, router=TopKRouter(top_k=1)),
+    )  # fmt: skip
+    parts = {"gate_up": torch.ones(2, 10, 3), "down": torch.ones(2, 3, 5)}
+    assert collapse(*parts.values(), model, "copies", "here")[2].shape == (3, 5)
+    parts[other][1, -1, -1] = 2
+    with pytest.raises(ValueError, match="here: expert 1 differs"):
+        collapse(*parts.values(), model, "copies", "here")

@@ -7,6 +7,7 @@ import torch
 import transformers as hf
 
 from moetrain.config import SigmoidSteRouter, TopKRouter, UpcycleConfig
+from moetrain.convert.copy import step_0_factor
 from moetrain.convert.huggingface import read_config, read_tensors
 from moetrain.convert.merge import aggregate, dare, merge, ties
 from moetrain.convert.split import generator
@@ -116,6 +117,17 @@ def test_equal_models_mix_to_themselves(router, tmp_path):
     )
     assert (logits(load_ours(tmp_path / "moe"), random_tokens()) - logits(stock, random_tokens())).abs().max() <= 1e-5
     assert report.receipt.logits <= 1e-5
+
+
+def test_mixed_experts_are_scaled_by_the_merged_norm(tmp_path):
+    save_stock("llama", tmp_path / "seed")
+    models = [perturbed(tmp_path / f"m{i}", i, tmp_path / "seed", 0.5) for i in range(2)]
+    router = SigmoidSteRouter(init_std=0.4)
+    upcycle(UpcycleConfig(dense=str(tmp_path / "seed"), output=str(tmp_path / "moe"), method="btx", models=models, router=router))
+    moe, part = tensors(tmp_path / "moe"), tensors(models[1])
+    factor = step_0_factor(router, 2, 1, moe["layers.1.ffn_norm.weight"])
+    assert factor != pytest.approx(step_0_factor(router, 2, 1, tensors(tmp_path / "seed")["layers.1.ffn_norm.weight"]), rel=1e-3)
+    assert torch.allclose(moe["layers.1.ffn.experts.down"][1], part["layers.1.ffn.down_proj.weight"] * factor**0.5, rtol=1e-6)
 
 
 def test_models_of_another_make_are_refused(tmp_path):
