@@ -328,7 +328,8 @@ class LogConfig(_Section):
 
 class UpcycleConfig(_Section):
     dense: Annotated[str, Field(min_length=1)]
-    """Dense Hugging Face checkpoint: LLaMA, Mistral, Qwen2 or Qwen3. `btx`: the model that the others grew from. `aggregate`, `to_dense`: a mixture."""
+    """Dense Hugging Face checkpoint: LLaMA, Mistral, Qwen2 or Qwen3. `btx`: the model that the others grew from. `aggregate`,
+    `to_dense`: a mixture."""
     output: Annotated[str, Field(min_length=1)]
     """Folder to write; a Hugging Face checkpoint too."""
     method: Literal["dsmoe", "llama_moe", "copy", "drop", "virtual_groups", "btx", "aggregate", "to_dense"] = "dsmoe"
@@ -820,7 +821,7 @@ def _check_upcycle(upcycle: UpcycleConfig, bad: list[str]) -> None:
         bad.append(f"upcycle.router.type ({router.type}) does not belong to upcycle.method ({method}); use {want.model_fields['type'].default}")
     if isinstance(router, TopKRouter) and method != "aggregate":
         if router.top_k > experts:
-            name = "upcycle.num_experts" if method != "btx" else "number of upcycle.models"
+            name = "upcycle.num_experts" if method != "btx" else "the number of upcycle.models"
             bad.append(f"upcycle.router.top_k ({router.top_k}) is more than {name} ({experts})")
         elif method == "virtual_groups" and router.top_k % upcycle.granularity:
             bad.append(f"upcycle.router.top_k ({router.top_k}) must be a multiple of upcycle.granularity ({upcycle.granularity}): whole groups route")

@@ -360,7 +360,7 @@ RULES: list[tuple[dict[str, Any], str]] = [
     (_upcycle("aggregate", models=["c"], merge="ties"), "upcycle.merge (ties) needs a common start, which mixtures don't name; use average or base"),
     (_upcycle("virtual_groups", granularity=3), "upcycle.num_experts (8) must be a multiple of upcycle.granularity (3)"),
     (_upcycle("virtual_groups", router={"type": "topk", "top_k": 3}), "upcycle.router.top_k (3) must be a multiple of upcycle.granularity (2)"),
-    (_upcycle("btx", models=["c", "d"], router={"type": "topk", "top_k": 3}), "upcycle.router.top_k (3) is more than number of upcycle.models (2)"),
+    (_upcycle("btx", models=["c", "d"], router={"type": "topk", "top_k": 3}), "upcycle.router.top_k (3) is more than the number of upcycle.models (2)"),
     (_upcycle("copy", router={**_OPEN, "input": "residual"}), "upcycle.weight_scaling: with router.input: residual the size of what the gates see"),
 ]  # fmt: skip
 WORLDS: list[tuple[dict[str, Any], int, str]] = [
