@@ -253,9 +253,7 @@ def _upcycle(config: Config) -> None:
     with Progress(disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("upcycle", total=None)
         report = upcycle(config.upcycle, lambda done, total: bar.update(task, completed=done, total=total))
-    print(f"{report.output} ({report.model_type}): {report.dense_parameters:,} -> {report.parameters:,} parameters")
-    for active, parameters in report.activated.items():
-        print(f"  {active} of {config.upcycle.num_experts} experts: {parameters:,} activated ({parameters / report.parameters:.1%})")
+    print("\n".join(report.lines()))
 
 
 def _train(config: Config) -> None:

@@ -370,16 +370,63 @@ class LogConfig(_Section):
 
 class UpcycleConfig(_Section):
     dense: Name
-    """Dense Hugging Face checkpoint: LLaMA, Mistral, Qwen2 or Qwen3."""
+    """Dense Hugging Face checkpoint: LLaMA, Mistral, Qwen2 or Qwen3. `btx`: the model that the others grew from. `aggregate`,
+    `to_dense`: a mixture."""
     output: Name
     """Folder to write; a Hugging Face checkpoint too."""
-    method: Literal["dsmoe", "llama_moe"] = "dsmoe"
-    """Both cut each FFN into equal contiguous slices: `dsmoe` with a sigmoid_ste router, `llama_moe` with topk scaled by E / k."""
+    method: Literal["dsmoe", "llama_moe", "copy", "drop", "virtual_groups", "btx", "aggregate", "to_dense"] = "dsmoe"
+    """`dsmoe`, `llama_moe`: cut each FFN into equal slices, with a sigmoid_ste router, or topk scaled by E / k. `copy`: every expert a copy
+    (sparse upcycling). `drop`: copies with a part drawn anew. `virtual_groups`: copies of slices (granular upcycling). `btx`: the FFNs of several
+    dense models, the rest merged. `aggregate`: the experts of several mixtures side by side. `to_dense`: back from a mixture, where exact."""
     num_experts: Positive = 8
+    """Not for `btx`, `aggregate` and `to_dense`, where the models say it."""
     router: Router | None = None
-    """null: the method's own router (`llama_moe`: top 3 of 8, that is 3/8 of the experts)."""
+    """null: the method's own router (`llama_moe`: top 3 of 8, that is 3/8 of the experts; `virtual_groups`: top-k of one group; other copies:
+    top 2; `aggregate`: the mixtures')."""
+    split: Literal["contiguous", "random", "cluster", "coactivation", "importance"] = "contiguous"
+    """`dsmoe`, `llama_moe`: which neurons go together. A seeded permutation, balanced clusters of their weights, of when they fire, or the
+    data on which they matter (the last two need `calibration`)."""
+    cluster_on: Literal["gate", "up"] = "gate"
+    """`split: cluster` only: whose rows describe a neuron."""
+    cluster_metric: Literal["l2", "cosine"] = "l2"
+    """`split: cluster` only."""
+    calibration: Name | None = None
+    """`split: coactivation`, `importance`: prefix of a prepared data set."""
+    calibration_sequences: Positive = 64
+    calibration_seq_len: Annotated[int, Field(gt=1)] = 512
+    granularity: Positive = 2
+    """`virtual_groups` only: G, slices of each copy; divides num_experts, and top_k is a multiple of it."""
+    noise: NonNegativeFloat = 0.0
+    """`copy` only: normal noise on every expert weight, in standard deviations of its matrix."""
+    drop_ratio: Fraction = 0.5
+    """`drop` only: share of each expert's neurons that is drawn anew; 0 is the plain copy."""
+    drop_shared: bool = True
+    """`drop` only: gate, up and down lose the same neurons (the paper), or each its own (the paper's script)."""
+    weight_scaling: bool | None = None
+    """Scale the experts so that the mixture starts as the dense model (docs/upcycling.md). null: on for the copies, `virtual_groups` and `btx`,
+    off for `dsmoe`. Not for `llama_moe`, whose router has output_scale."""
+    models: list[Name] = []
+    """`btx`: the dense models that become experts; `aggregate`: the mixtures beside `dense`."""
+    merge: Literal["average", "base", "ties", "dare"] = "average"
+    """`btx`, `aggregate`: what becomes of all weights but the experts: their mean, those of `dense`, or `dense` and the models' differences from it
+    merged by TIES or DARE (`btx` only)."""
+    merge_density: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """`merge: ties`, `dare`: share of each difference that is kept, by size or at random."""
+    merge_scale: PositiveFloat | None = None
+    """`merge: ties`, `dare`: lambda, factor of the added differences; null: 1 / number of models."""
+    join: Literal["slices", "copies"] = "slices"
+    """`to_dense` only: experts are the slices of one FFN (undoes `dsmoe` and `llama_moe`), or all the same FFN."""
+    receipt: bool = True
+    """Measure how far the result is from `dense` on a sample text; reads both models once more, layer by layer."""
     seed: Seed = 0
     max_shard_bytes: Positive = 5_000_000_000
+
+    @property
+    def scales_weights(self) -> bool:
+        """`weight_scaling`, with the method's own choice for null."""
+        if self.method not in _UPCYCLE_OPTIONS["weight_scaling"]:
+            return False
+        return self.method != "dsmoe" if self.weight_scaling is None else self.weight_scaling
 
 
 class EvalConfig(_Section):
@@ -807,18 +854,68 @@ def _check_sigmoid(router: SigmoidSteRouter, num_experts: int, where: str, bad: 
         bad.append(f"{where}: rescale_gradient and rescale_in_eval have an effect only with rescale: count")
 
 
+# Option of an upcycling -> methods for which it counts.
+_SPLITS, _COPIES = ("dsmoe", "llama_moe"), ("copy", "drop", "virtual_groups")
+_UPCYCLE_OPTIONS: dict[str, tuple[str, ...]] = {
+    "num_experts": _SPLITS + _COPIES,
+    "router": (*_SPLITS, *_COPIES, "btx", "aggregate"),
+    "split": _SPLITS,
+    "cluster_on": _SPLITS,
+    "cluster_metric": _SPLITS,
+    "calibration": _SPLITS,
+    "calibration_sequences": _SPLITS,
+    "calibration_seq_len": _SPLITS,
+    "granularity": ("virtual_groups",),
+    "noise": ("copy",),
+    "drop_ratio": ("drop",),
+    "drop_shared": ("drop",),
+    "weight_scaling": ("dsmoe", *_COPIES, "btx"),
+    "models": ("btx", "aggregate"),
+    "merge": ("btx", "aggregate"),
+    "merge_density": ("btx",),
+    "merge_scale": ("btx",),
+    "join": ("to_dense",),
+}
+
+
 def _check_upcycle(upcycle: UpcycleConfig, bad: list[str]) -> None:
-    router, want = upcycle.router, {"dsmoe": SigmoidSteRouter, "llama_moe": TopKRouter}[upcycle.method]
-    if router is not None and not isinstance(router, want):
-        bad.append(
-            f"upcycle.router.type ({router.type}) does not belong to upcycle.method ({upcycle.method}); use {want.model_fields['type'].default}"
-        )
-    if isinstance(router, TopKRouter) and router.top_k > upcycle.num_experts:
-        bad.append(f"upcycle.router.top_k ({router.top_k}) is more than upcycle.num_experts ({upcycle.num_experts})")
-    if isinstance(router, TopKRouter):
-        _check_topk(router, upcycle.num_experts, "upcycle.router", bad)
+    router, method, experts = upcycle.router, upcycle.method, upcycle.num_experts
+    for name in sorted(_idle(upcycle) & upcycle.model_fields_set):
+        value, methods = getattr(upcycle, name), _UPCYCLE_OPTIONS[name]
+        if method not in methods:
+            if value is not None and value != []:
+                bad.append(f"upcycle.{name} ({_short(value)}) has no effect with method: {method}; it is for {', '.join(methods)}")
+        elif name.startswith("merge"):
+            bad.append(f"upcycle.{name} ({value}) has an effect only with merge: ties or dare, not {upcycle.merge}")
+        elif value is not None:
+            bad.append(f"upcycle.{name} ({value}) has no effect with split: {upcycle.split}")
+    if upcycle.split in ("coactivation", "importance") and upcycle.calibration is None and method in _SPLITS:
+        bad.append(f"upcycle.calibration: split: {upcycle.split} needs the prefix of a prepared data set")
+    if method in ("btx", "aggregate"):
+        least = 2 if method == "btx" else 1
+        if len(upcycle.models) < least:
+            bad.append(f"upcycle.models: method {method} needs {least} or more Hugging Face folders, found {len(upcycle.models)}")
+        experts = len(upcycle.models)
+    if method == "aggregate" and upcycle.merge in ("ties", "dare"):
+        bad.append(f"upcycle.merge ({upcycle.merge}) needs a common start, which mixtures don't name; use average or base")
+    if method == "virtual_groups" and experts % upcycle.granularity:
+        bad.append(f"upcycle.num_experts ({experts}) must be a multiple of upcycle.granularity ({upcycle.granularity})")
+    if method == "to_dense" or router is None:
+        return
+    want = {"dsmoe": SigmoidSteRouter, "llama_moe": TopKRouter}.get(method)
+    if want is not None and not isinstance(router, want):
+        bad.append(f"upcycle.router.type ({router.type}) does not belong to upcycle.method ({method}); use {want.model_fields['type'].default}")
+    if isinstance(router, TopKRouter) and method != "aggregate":
+        if router.top_k > experts:
+            name = "upcycle.num_experts" if method != "btx" else "the number of upcycle.models"
+            bad.append(f"upcycle.router.top_k ({router.top_k}) is more than {name} ({experts})")
+        elif method == "virtual_groups" and router.top_k % upcycle.granularity:
+            bad.append(f"upcycle.router.top_k ({router.top_k}) must be a multiple of upcycle.granularity ({upcycle.granularity}): whole groups route")
+        _check_topk(router, experts, "upcycle.router", bad)
     if isinstance(router, SigmoidSteRouter):
-        _check_sigmoid(router, upcycle.num_experts, "upcycle.router", bad)
+        _check_sigmoid(router, experts, "upcycle.router", bad)
+        if router.input == "residual" and upcycle.scales_weights:
+            bad.append("upcycle.weight_scaling: with router.input: residual the size of what the gates see is not known; set weight_scaling: false")
 
 
 def check_world(config: Config, world_size: int) -> ParallelConfig:
@@ -883,6 +980,11 @@ def _idle(section: BaseModel) -> set[str]:
         idle |= set() if section.selection_bias else {"bias_rate"}
         idle |= set() if section.num_groups > 1 else {"top_groups"}
         idle |= set() if section.capacity_factor is not None else {"drop"}
+    if isinstance(section, UpcycleConfig):
+        idle |= {name for name, methods in _UPCYCLE_OPTIONS.items() if section.method not in methods}
+        idle |= set() if section.split == "cluster" else {"cluster_on", "cluster_metric"}
+        idle |= set() if section.split in ("coactivation", "importance") else {"calibration", "calibration_sequences", "calibration_seq_len"}
+        idle |= set() if section.merge in ("ties", "dare") else {"merge_density", "merge_scale"}
     if isinstance(section, ScheduleConfig):
         idle |= {"min_lr_ratio"} if section.type == "constant" else set()
         idle |= set() if section.type == "wsd" else {"decay_steps"}

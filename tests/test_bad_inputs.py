@@ -280,7 +280,7 @@ CASES: list[tuple[str, Callable[[Path], None], tuple[str, ...]]] = [
     (UPCYCLE, escape, ("'../secret.safetensors' is no plain name",)),
     (UPCYCLE.replace("dense dense", "dense moe"), none, ("upcycle.dense (moe) is a mixture of 4 experts already",)),
     (UPCYCLE + " --upcycle.num_experts 7", none, ("upcycle.num_experts (7) does not divide intermediate_size (16)", "nearest that does: 8")),
-    (UPCYCLE + " --upcycle.method llama", none, ("upcycle.method", "'dsmoe' or 'llama_moe'")),
+    (UPCYCLE + " --upcycle.method llama", none, ("upcycle.method", "'dsmoe', 'llama_moe', 'copy'")),
     (UPCYCLE.replace("output out", "output moe"), none, ("moe: exists and is not empty; choose another output",)),
     (UPCYCLE.replace("output out", "output text.txt"), none, ("text.txt: exists and is not empty",)),
     (FRESH.replace("c.yaml", "small.yaml") + " --init_from nowhere", none, ("nowhere/config.json",)),

@@ -357,6 +357,12 @@ def _model_is_elsewhere(tree: dict[str, Any], problem: Any) -> bool:
 
 _OPEN = {"type": "sigmoid_ste"}
 _TOP2 = {"type": "topk", "top_k": 2}
+
+
+def _upcycle(method: str = "dsmoe", **options: Any) -> dict[str, Any]:
+    return {"upcycle": {"dense": "a", "output": "b", "method": method, **options}}
+
+
 RULES: list[tuple[dict[str, Any], str]] = [
     ({"parallel": {"dp_shard": 0}}, "parallel.dp_shard: 0 ranks; use -1"),
     ({"train": train(global_batch_size=7)}, "train.global_batch_size (7) must be a multiple of train.micro_batch_size (2)"),
@@ -404,6 +410,20 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": moe({**_TOP2, "drop": "random"})}, "router.drop (random) has an effect only with capacity_factor"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": _OPEN}}, "upcycle.router.type (sigmoid_ste) does not belong to upcycle.method (llama_moe); use topk"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": {"type": "topk", "top_k": 9}}}, "upcycle.router.top_k (9) is more than upcycle.num_experts (8)"),
+    (_upcycle(granularity=2), "upcycle.granularity (2) has no effect with method: dsmoe; it is for virtual_groups"),
+    (_upcycle("btx", num_experts=4, models=["c", "d"]), "upcycle.num_experts (4) has no effect with method: btx"),
+    (_upcycle("to_dense", router=_OPEN), "upcycle.router (SigmoidSteRouter"),
+    (_upcycle("aggregate", models=["c"], merge_density=0.5), "upcycle.merge_density (0.5) has no effect with method: aggregate; it is for btx"),
+    (_upcycle("btx", models=["c", "d"], merge_scale=0.5), "upcycle.merge_scale (0.5) has an effect only with merge: ties or dare, not average"),
+    (_upcycle(cluster_on="up"), "upcycle.cluster_on (up) has no effect with split: contiguous"),
+    (_upcycle(split="cluster", calibration="c"), "upcycle.calibration (c) has no effect with split: cluster"),
+    (_upcycle(split="importance"), "upcycle.calibration: split: importance needs the prefix of a prepared data set"),
+    (_upcycle("btx", models=["c"]), "upcycle.models: method btx needs 2 or more Hugging Face folders, found 1"),
+    (_upcycle("aggregate", models=["c"], merge="ties"), "upcycle.merge (ties) needs a common start, which mixtures don't name; use average or base"),
+    (_upcycle("virtual_groups", granularity=3), "upcycle.num_experts (8) must be a multiple of upcycle.granularity (3)"),
+    (_upcycle("virtual_groups", router={"type": "topk", "top_k": 3}), "upcycle.router.top_k (3) must be a multiple of upcycle.granularity (2)"),
+    (_upcycle("btx", models=["c", "d"], router={"type": "topk", "top_k": 3}), "upcycle.router.top_k (3) is more than the number of upcycle.models (2)"),
+    (_upcycle("copy", router={**_OPEN, "input": "residual"}), "upcycle.weight_scaling: with router.input: residual the size of what the gates see"),
 ]  # fmt: skip
 WORLDS: list[tuple[dict[str, Any], int, str]] = [
     ({"parallel": {"ep": 2}, "model": moe()}, 3, "dp_replicate (1) x ep (2) = 2 does not divide the number of ranks (3); start 4 ranks"),
@@ -581,6 +601,15 @@ READ: dict[str, tuple[str, str]] = {
     "UpcycleConfig.method": ("convert/upcycle.py", "upcycle.method"),
     "UpcycleConfig.num_experts": ("convert/upcycle.py", "upcycle.num_experts"),
     "UpcycleConfig.seed": ("convert/upcycle.py", "config.seed"),
+    **{
+        f"UpcycleConfig.{n}": ("convert/upcycle.py", f"config.{n}")
+        for n in (
+            "split", "cluster_on", "cluster_metric", "granularity", "noise", "drop_ratio", "drop_shared", "models", "merge", "merge_density",
+            "merge_scale", "join", "receipt",
+        )
+    },
+    **{f"UpcycleConfig.{n}": ("convert/calibrate.py", f"config.{n}") for n in ("calibration", "calibration_sequences", "calibration_seq_len")},
+    "UpcycleConfig.weight_scaling": ("config.py", "self.weight_scaling"),
     "UpcycleConfig.max_shard_bytes": ("convert/upcycle.py", "config.max_shard_bytes"),
     "EvalConfig.sequences": ("evaluate.py", "eval.sequences"),
     "EvalConfig.batch_size": ("evaluate.py", "eval.batch_size"),

@@ -11,7 +11,7 @@ import torch
 from moetrain.cli import main
 from moetrain.config import ModelConfig, TopKRouter, UpcycleConfig, load_config
 from moetrain.convert.huggingface import read_config, read_tensors, write_model
-from moetrain.convert.upcycle import moe_config, upcycle
+from moetrain.convert.upcycle import target_config, upcycle
 from moetrain.model import Transformer, init_weights
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
@@ -51,7 +51,7 @@ def test_upcycled_llama_is_the_recipes_model():
     """What `moetrain upcycle` makes of Llama-2-7B by the recipe is the recipe's model, but for the scale that goes into the experts."""
     config = load_config(FOLDER / "llama_moe.yaml")
     dense = config.model.model_copy(update={"moe": None})
-    made = moe_config(dense, config.upcycle)
+    made = target_config(dense, config.upcycle)
     assert made.moe.router.output_scale == 4.0
     folded = made.moe.router.model_copy(update={"output_scale": 1.0})
     assert made.moe.model_copy(update={"router": folded}) == config.model.moe

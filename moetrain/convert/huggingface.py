@@ -104,7 +104,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     if not isinstance(raw["moetrain"], dict):
         raise ValueError(f"{path}: `moetrain` must be a mapping with the model's config, found {raw['moetrain']!r}")
     full = _validate(raw["moetrain"], path)
-    difference = next(_differences(full, stock), None)
+    difference = next(config_differences(full, stock), None)
     if difference is not None:
         field, ours, theirs = difference
         raise ValueError(
@@ -119,8 +119,8 @@ def _validate(model: dict[str, Any], path: Path) -> ModelConfig:
     return config
 
 
-def _differences(full: ModelConfig, stock: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
-    """(field, value, other value) for what acts in inference."""
+def config_differences(full: ModelConfig, stock: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
+    """(field, value, other value) for what acts in inference, where two configs differ."""
     for name in ModelConfig.model_fields:
         if name in ("init_std", "moe") or (name == "intermediate_size" and full.moe is not None):
             continue
@@ -147,9 +147,12 @@ def _differences(full: ModelConfig, stock: ModelConfig) -> Iterator[tuple[str, A
             yield "moe.router.type", full.moe.router.type, stock.moe.router.type
             return
         # What a stock architecture has no words for is at its default there, and must be here.
-        for name in ("top_k", "score", "gate", "normalize", "output_scale", "selection_bias", "num_groups"):
-            if getattr(full.moe.router, name, None) != getattr(stock.moe.router, name, None):
-                yield f"moe.router.{name}", getattr(full.moe.router, name), getattr(stock.moe.router, name)
+        names = ("top_k", "score", "gate", "normalize", "output_scale", "selection_bias", "num_groups")
+        names += ("threshold", "zero_routes", "rescale", "rescale_in_eval", "bias", "input")
+        for name in names:
+            a, b = getattr(full.moe.router, name, None), getattr(stock.moe.router, name, None)
+            if a != b:
+                yield f"moe.router.{name}", a, b
 
 
 def _sliding_layers(config: ModelConfig) -> list[int]:

@@ -1,11 +1,12 @@
-"""Dense checkpoint -> mixture of experts, tensor by tensor: memory is a layer's FFN and a shard, not a model.
+"""`moetrain upcycle`: from one or more checkpoints to another one, tensor by tensor: memory is a layer's experts and a shard, not a model.
 
-`dsmoe` (DSMoE, arXiv 2502.12455, section 3.1) and `llama_moe` (LLaMA-MoE, arXiv 2406.16554, with contiguous instead of random slices) both
-cut every FFN into equal slices; they differ in the router. With every weight 1 the mixture computes the dense model.
+Here is what every method shares: configs, the order of reading and writing, the report. What a method does to a layer is in split.py,
+calibrate.py, copy.py, merge.py and collapse.py. docs/upcycling.md lists the methods.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,95 +14,262 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moetrain.config import ModelConfig, MoEConfig, SigmoidSteRouter, TopKRouter, UpcycleConfig
-from moetrain.convert.huggingface import architecture, check_output, parameter_shapes, read_config, read_tensors, write_model
-from moetrain.convert.split import check_split, split_ffn
+from moetrain.config import ModelConfig, MoEConfig, Router, SigmoidSteRouter, TopKRouter, UpcycleConfig
+from moetrain.convert.calibrate import calibrated_partitions
+from moetrain.convert.collapse import collapse, dense_config
+from moetrain.convert.copy import copy_ffn, drop_ffn, group_rows, scale_experts, step_0_factor, virtual_groups
+from moetrain.convert.huggingface import architecture, check_output, config_differences, parameter_shapes, read_config, read_tensors, write_model
+from moetrain.convert.merge import aggregate, merge
+from moetrain.convert.receipt import Receipt, compare
+from moetrain.convert.split import check_split, cluster_partition, generator, random_partition, split_ffn
 from moetrain.model import initial_tensor
+
+RECEIPT = "receipt.json"
+Progress = Callable[[int, int], None]
+Named = Iterator[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class UpcycleReport:
     output: Path
     config: ModelConfig
-    """Of the mixture, as asked for; the folder has the router's output_scale multiplied into the experts."""
+    """Of the result, as asked for; the folder has the router's output_scale multiplied into the experts."""
     model_type: str
     dense_parameters: int
+    """Of `upcycle.dense`, whatever it is."""
     parameters: int
     activated: dict[int, int]
-    """Mean active experts per token -> parameters that such a token uses, for 1 to all experts (top-k: k)."""
+    """Mean active experts per token -> parameters that such a token uses, for 1 to all experts (top-k: k); empty for a dense result."""
     files: list[str]
+    receipt: Receipt | None
+
+    def lines(self) -> list[str]:
+        """For the console."""
+        lines = [f"{self.output} ({self.model_type}): {self.dense_parameters:,} -> {self.parameters:,} parameters"]
+        if self.config.moe is not None:
+            for active, parameters in self.activated.items():
+                share = parameters / self.parameters
+                lines.append(f"  {active} of {self.config.moe.num_experts} experts: {parameters:,} activated ({share:.1%})")
+        return lines + ([] if self.receipt is None else self.receipt.lines())
 
 
-def moe_config(dense: ModelConfig, upcycle: UpcycleConfig) -> ModelConfig:
-    """Config of the mixture that `upcycle` makes of a dense model. ValueError names the field that can't be."""
-    if dense.moe is not None:
-        raise ValueError(f"upcycle.dense ({upcycle.dense}) is a mixture of {dense.moe.num_experts} experts already; give a dense model")
-    if dense.mlp_bias:
+def target_config(source: ModelConfig, upcycle: UpcycleConfig) -> ModelConfig:
+    """Config of what `upcycle` makes of `source`, the model in `upcycle.dense`. ValueError names the field that can't be."""
+    if upcycle.method == "to_dense":
+        return dense_config(source, upcycle.join, upcycle.dense)
+    if upcycle.method == "aggregate":
+        return _aggregate_config(source, upcycle)
+    if source.moe is not None:
+        raise ValueError(f"upcycle.dense ({upcycle.dense}) is a mixture of {source.moe.num_experts} experts already; give a dense model")
+    if source.mlp_bias:
         raise ValueError(
             f"upcycle.dense ({upcycle.dense}) has mlp_bias: true; experts have no bias, and a bias can't be cut into slices that add up"
         )
+    num_experts = len(upcycle.models) if upcycle.method == "btx" else upcycle.num_experts
+    pieces = {"dsmoe": num_experts, "llama_moe": num_experts, "virtual_groups": upcycle.granularity}.get(upcycle.method, 1)
     try:
-        expert_dim = check_split(dense.intermediate_size, upcycle.num_experts)
+        expert_dim = check_split(source.intermediate_size, pieces)
     except ValueError as error:
-        raise ValueError(f"upcycle.{error}") from None
-    router = upcycle.router
-    if upcycle.method == "dsmoe":
-        router = SigmoidSteRouter() if router is None else router
-    else:
+        text = str(error) if upcycle.method != "virtual_groups" else str(error).replace("num_experts", "granularity", 1)
+        raise ValueError(f"upcycle.{text}") from None
+    moe = MoEConfig(num_experts=num_experts, expert_dim=expert_dim, router=_router(upcycle, num_experts))
+    return source.model_copy(update={"moe": moe})
+
+
+def _router(upcycle: UpcycleConfig, num_experts: int) -> Router:
+    router, method = upcycle.router, upcycle.method
+    if method == "dsmoe":
+        return SigmoidSteRouter() if router is None else router
+    if method == "llama_moe":
         # 3/8 of the experts, top 3 of 8, as many as DSMoE's comparison gives LLaMA-MoE (its Table 1).
-        router = TopKRouter(top_k=max(1, round(3 / 8 * upcycle.num_experts))) if router is None else router
+        router = TopKRouter(top_k=max(1, round(3 / 8 * num_experts))) if router is None else router
         assert isinstance(router, TopKRouter), "config.check refuses this"
         if "output_scale" not in router.model_fields_set:
             # k of E slices sum to about k/E of the dense output, and normalised weights divide by k again (LLaMA-MoE's score_scale_factor).
-            router = router.model_copy(update={"output_scale": upcycle.num_experts / router.top_k})
-    return dense.model_copy(update={"moe": MoEConfig(num_experts=upcycle.num_experts, expert_dim=expert_dim, router=router)})
+            router = router.model_copy(update={"output_scale": num_experts / router.top_k})
+        return router
+    if router is not None:
+        return router
+    if method == "virtual_groups":
+        # Softmax, then top-k: better than the other order once the weights are scaled (arXiv 2410.07524).
+        return TopKRouter(top_k=upcycle.granularity, normalize=False)
+    return TopKRouter(top_k=min(2, num_experts))
 
 
-def upcycle(config: UpcycleConfig, progress: Callable[[int, int], None] | None = None) -> UpcycleReport:
-    """Write `config.output`, a Hugging Face folder, from the dense folder `config.dense`.
+def _aggregate_config(source: ModelConfig, upcycle: UpcycleConfig) -> ModelConfig:
+    if source.moe is None:
+        raise ValueError(f"upcycle.dense ({upcycle.dense}) is dense; method aggregate wants mixtures")
+    num_experts, own = source.moe.num_experts * (1 + len(upcycle.models)), source.moe.router
+    router = own if upcycle.router is None else upcycle.router
+    # What shapes the router's weights and what they mean is not the user's to change here.
+    for name in ("type", "bias", "input"):
+        if getattr(router, name, None) != getattr(own, name, None):
+            raise ValueError(f"upcycle.router.{name} is {getattr(router, name, None)}, but {getattr(own, name, None)} in the mixtures")
+    if isinstance(router, TopKRouter) and router.top_k > num_experts:
+        raise ValueError(f"upcycle.router.top_k ({router.top_k}) is more than the experts of all mixtures ({num_experts})")
+    return source.model_copy(update={"moe": MoEConfig(num_experts=num_experts, expert_dim=source.moe.expert_dim, router=router)})
 
-    Tensors keep the dense checkpoint's dtype, tokenizer files are copied. progress: called with (tensors read, tensors in all).
-    ValueError, before anything is written, for a model that can't be cut; a run that is killed leaves no folder of that name.
+
+def upcycle(config: UpcycleConfig, progress: Progress | None = None) -> UpcycleReport:
+    """Write `config.output`, a Hugging Face folder.
+
+    Tensors keep the checkpoint's dtype, tokenizer files are copied from `config.dense`. progress: called with (tensors read, tensors in all).
+    ValueError, before anything is written, for models that can't be converted; a run that is killed leaves no folder of that name.
     """
     check_output(config.output)
-    dense = read_config(config.dense)
-    mixture = moe_config(dense, config)
-    tensors = _mixture_tensors(dense, mixture, config, progress)
-    files = write_model(config.output, mixture, tensors, max_shard_bytes=config.max_shard_bytes, source=config.dense)
-    assert mixture.moe is not None, "made above"
-    router = mixture.moe.router
-    active = [router.top_k] if isinstance(router, TopKRouter) else range(1, config.num_experts + 1)
+    source = read_config(config.dense)
+    target = target_config(source, config)
+    others = _read_others(config, source)
+    tensors = _tensors(source, target, others, config, progress)
+    files = write_model(config.output, target, tensors, max_shard_bytes=config.max_shard_bytes, source=config.dense)
+    receipt = None
+    if config.receipt:
+        receipt = compare(config.dense, source, config.output, read_config(config.output))
+        path = Path(config.output) / RECEIPT
+        record = {"method": config.method, **receipt.to_dict()}
+        path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        files = sorted([*files, path])
+    activated: list[int] = []
+    if target.moe is not None:
+        router = target.moe.router
+        activated = [router.top_k] if isinstance(router, TopKRouter) else list(range(1, target.moe.num_experts + 1))
     return UpcycleReport(
         output=Path(config.output),
-        config=mixture,
-        model_type=architecture(mixture),
-        dense_parameters=dense.num_params(),
-        parameters=mixture.num_params(),
-        activated={n: round(mixture.num_active_params(n)) for n in active},
+        config=target,
+        model_type=architecture(target),
+        dense_parameters=source.num_params(),
+        parameters=target.num_params(),
+        activated={n: round(target.num_active_params(n)) for n in activated},
         files=[f.name for f in files],
+        receipt=receipt,
     )
 
 
-def _mixture_tensors(
-    dense: ModelConfig, mixture: ModelConfig, config: UpcycleConfig, progress: Callable[[int, int], None] | None
-) -> Iterator[tuple[str, Tensor]]:
-    shapes = parameter_shapes(mixture)
-    count = len(parameter_shapes(dense))
-    ffn: dict[str, Tensor] = {}
-    dtype: torch.dtype | None = None
-    for done, (name, tensor) in enumerate(read_tensors(config.dense, dense), 1):
-        dtype = tensor.dtype if dtype is None else dtype
-        if ".ffn." not in name:
-            yield name, tensor
-        else:
-            prefix, kind, _ = name.rsplit(".", 2)
-            ffn[kind] = tensor
-            if len(ffn) == 3:
-                for router in (name for name in shapes if name.startswith(f"{prefix}.router.")):
-                    yield router, initial_tensor(router, shapes[router], mixture, config.seed).to(dtype)
-                gate_up, down = split_ffn(ffn["gate_proj"], ffn["up_proj"], ffn["down_proj"], config.num_experts)
-                yield f"{prefix}.experts.gate_up", gate_up
-                yield f"{prefix}.experts.down", down
-                ffn = {}
+def _read_others(config: UpcycleConfig, source: ModelConfig) -> list[ModelConfig]:
+    """Configs of `config.models`. ValueError for one that is not of the same make as `config.dense`."""
+    found = [read_config(folder) for folder in config.models]
+    for folder, other in zip(config.models, found):
+        for field, ours, theirs in config_differences(source, other):
+            raise ValueError(f"upcycle.models: {folder} has {field} {theirs}, but {config.dense} has {ours}; the models must be of one make")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------------ tensors
+
+
+def _tensors(
+    source: ModelConfig, target: ModelConfig, others: list[ModelConfig], config: UpcycleConfig, progress: Progress | None
+) -> Named:
+    if config.method == "to_dense":
+        return _dense_tensors(_counted(read_tensors(config.dense, source), source, progress), source, config)
+    streams = [read_tensors(folder, other) for folder, other in zip(config.models, others)]
+    base = _counted(read_tensors(config.dense, source), source, progress)
+    if config.method == "aggregate":
+        return _aggregate_tensors(base, streams, source, config)
+    if config.method == "btx":
+        return _branch_tensors(base, streams, target, config)
+    # Before the first tensor is written, so that data that does not fit leaves nothing behind.
+    partitions = calibrated_partitions(config, source) if config.split in ("coactivation", "importance") else None
+    return _mixture_tensors(base, target, config, partitions)
+
+
+def _counted(tensors: Named, model: ModelConfig, progress: Progress | None) -> Named:
+    count = len(parameter_shapes(model))
+    for done, item in enumerate(tensors, 1):
+        yield item
         if progress is not None:
             progress(done, count)
+
+
+def _mixture_tensors(base: Named, target: ModelConfig, config: UpcycleConfig, partitions: list[Tensor] | None) -> Named:
+    shapes = parameter_shapes(target)
+    ffn: dict[str, Tensor] = {}
+    norm = torch.empty(0)
+    for name, tensor in base:
+        if ".ffn." not in name:
+            norm = tensor if ".ffn_norm." in name else norm
+            yield name, tensor
+            continue
+        prefix, kind, _ = name.rsplit(".", 2)
+        ffn[kind] = tensor
+        if len(ffn) == 3:
+            partition = None if partitions is None else partitions[int(prefix.split(".")[1])]
+            gate_up, down = _experts(ffn["gate_proj"], ffn["up_proj"], ffn["down_proj"], prefix, config, partition)
+            yield from _layer(prefix, gate_up, down, norm, shapes, target, config)
+            ffn = {}
+
+
+def _experts(gate: Tensor, up: Tensor, down: Tensor, prefix: str, config: UpcycleConfig, partition: Tensor | None) -> tuple[Tensor, Tensor]:
+    experts, draws = config.num_experts, generator(config.seed, f"{prefix}.{config.method}")
+    if config.method == "copy":
+        return copy_ffn(gate, up, down, experts, config.noise, draws)
+    if config.method == "drop":
+        return drop_ffn(gate, up, down, experts, config.drop_ratio, config.drop_shared, draws)
+    if config.method == "virtual_groups":
+        return virtual_groups(gate, up, down, experts, config.granularity)
+    if config.split == "random":
+        partition = random_partition(gate.shape[0], experts, draws)
+    elif config.split == "cluster":
+        partition = cluster_partition(gate if config.cluster_on == "gate" else up, experts, config.cluster_metric, draws)
+    return split_ffn(gate, up, down, experts, partition)
+
+
+def _layer(
+    prefix: str, gate_up: Tensor, down: Tensor, norm: Tensor, shapes: dict[str, tuple[int, ...]], target: ModelConfig, config: UpcycleConfig
+) -> Named:
+    """The parameters of one MoE layer, the experts scaled and the router drawn. norm: the weight of the norm before it. shapes: the target's."""
+    moe = target.moe
+    assert moe is not None, "made by target_config"
+    slices = config.granularity if config.method == "virtual_groups" else 1
+    if config.scales_weights:
+        copies = 1 if config.method == "dsmoe" else moe.num_experts // slices
+        factor = step_0_factor(moe.router, copies, slices, norm)
+        # Near 1 it is rounding: plain copies stay bit-equal.
+        if abs(factor - 1) > 1e-12:
+            scale_experts(gate_up, down, factor)
+    for name, (rows, *rest) in shapes.items():
+        if name.startswith(f"{prefix}.router."):
+            yield name, group_rows(initial_tensor(name, (rows // slices, *rest), target, config.seed), slices).to(gate_up.dtype)
+    yield f"{prefix}.experts.gate_up", gate_up
+    yield f"{prefix}.experts.down", down
+
+
+def _branch_tensors(base: Named, streams: list[Named], target: ModelConfig, config: UpcycleConfig) -> Named:
+    shapes = parameter_shapes(target)
+    ffn: dict[str, list[Tensor]] = {}
+    norm = torch.empty(0)
+    for (name, start), *found in zip(base, *streams, strict=True):
+        models = [tensor for _, tensor in found]
+        if ".ffn." not in name:
+            draws = generator(config.seed, f"{name}/{config.merge}")
+            merged = merge(start, models, config.merge, config.merge_density, config.merge_scale, draws)
+            norm = merged if ".ffn_norm." in name else norm
+            yield name, merged
+            continue
+        prefix, kind, _ = name.rsplit(".", 2)
+        ffn[kind] = [m.to(start.dtype) for m in models]
+        if len(ffn) == 3:
+            gate_up = torch.stack([torch.cat(pair) for pair in zip(ffn["gate_proj"], ffn["up_proj"])])
+            yield from _layer(prefix, gate_up, torch.stack(ffn["down_proj"]), norm, shapes, target, config)
+            ffn = {}
+
+
+def _aggregate_tensors(base: Named, streams: list[Named], source: ModelConfig, config: UpcycleConfig) -> Named:
+    for (name, start), *found in zip(base, *streams, strict=True):
+        models = [start, *(tensor.to(start.dtype) for _, tensor in found)]
+        yield name, aggregate(name, models, source, config.merge, generator(config.seed, name))
+
+
+def _dense_tensors(base: Named, source: ModelConfig, config: UpcycleConfig) -> Named:
+    gate_up = torch.empty(0)
+    for name, tensor in base:
+        prefix = name.partition(".ffn.")[0]
+        if name.endswith(".experts.gate_up"):
+            gate_up = tensor
+        elif name.endswith(".experts.down"):
+            gate, up, down = collapse(gate_up, tensor, source, config.join, f"upcycle.dense ({config.dense}), {prefix}")
+            yield f"{prefix}.ffn.gate_proj.weight", gate.contiguous()
+            yield f"{prefix}.ffn.up_proj.weight", up.contiguous()
+            yield f"{prefix}.ffn.down_proj.weight", down
+        elif ".ffn.router." not in name:
+            yield name, tensor
