@@ -233,6 +233,7 @@ def plots(run_dir: Path | str, out_dir: Path | str) -> list[Path]:
         extent = (first - 0.5, last + 0.5, -0.5, len(active) - 0.5)
         image = heat.imshow(active, aspect="auto", origin="lower", extent=extent, interpolation="nearest")
         heat.set(xlabel="step", ylabel="MoE layer")
+        heat.yaxis.get_major_locator().set_params(integer=True)
         figure.colorbar(image, ax=heat, label="active experts per token")
         paths.append(out_dir / "active_experts.png")
         figure.savefig(paths[1], dpi=150)

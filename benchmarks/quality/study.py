@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for data, runs and results; an interrupted study goes on")
     parser.add_argument("--base-steps", type=int, default=400, help="steps of the dense model")
-    parser.add_argument("--steps", type=int, default=400, help="steps of each method, 8192 tokens each")
+    parser.add_argument("--steps", type=int, default=250, help="steps of each method, 8192 tokens each")
     parser.add_argument("--seed", type=int, default=1, help="of the methods' samples and routers")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
@@ -132,16 +132,15 @@ def plot(out: Path, methods: list[str]) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for name in methods:
+    for number, name in enumerate(methods):
         slug = name.replace(",", "").replace(" ", "_")
         found = list(records(out / slug))
         evaluated = [(r["step"], r["eval"]["stdlib"]["perplexity"]) for r in found if "eval" in r]
-        left.plot(*zip(*evaluated, strict=True), marker="o", label=name)
+        left.plot(*zip(*evaluated), marker="o", label=name, color=f"C{number}")
         active = [(r["step"], sum(r["moe"]["active"]) / len(r["moe"]["active"])) for r in found if "moe" in r]
         if active:
-            right.plot(*zip(*active, strict=True), label=name)
-    left.set(xlabel="step after conversion", ylabel="held-out perplexity", title="Same dense start, same tokens")
-    left.set_yscale("log")
+            right.plot(*zip(*active), label=name, color=f"C{number}")
+    left.set(xlabel="step after conversion", ylabel="perplexity, first 64 held-out sequences", title="Same dense start, same tokens")
     right.set(xlabel="step after conversion", ylabel="experts per token (of 8)", title="Mean over layers and tokens", ylim=(0, None))
     left.legend(fontsize=8)
     right.legend(fontsize=8)
