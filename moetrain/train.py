@@ -210,7 +210,9 @@ class Trainer:
 
         def read() -> dict[str, Any] | None:
             try:
-                return self.checkpoints.read_meta(step)["config"]["model"]
+                # Through the schema: an option that is newer than the checkpoint has its default there.
+                old = schema.config_from_dict({"model": self.checkpoints.read_meta(step)["config"]["model"]}).model
+                return None if old is None else schema.to_dict(old)
             except (ValueError, OSError, KeyError, TypeError):
                 return None
 

@@ -164,7 +164,11 @@ def test_interrupt(place: Path) -> None:
         "--checkpoint.every",
         "5",
     ]
-    run = subprocess.Popen([*PYTHON, *words], cwd=place, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    # Tests that were started in the background inherit "ignore" for SIGINT; a user's terminal does not.
+    run = subprocess.Popen(
+        [*PYTHON, *words], cwd=place, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     folder = place / "runs/interrupted/checkpoints"
     try:
         while not list(folder.glob("step-????????")) and run.poll() is None:

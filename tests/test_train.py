@@ -283,7 +283,7 @@ def test_a_resumed_router_may_train_otherwise_but_not_compute_otherwise(data, tm
         return make_config(data, "deepseek", run_dir=str(tmp_path / "run"), **changes)
 
     before = rank_main(config(), "mixed", steps=2, save=True)["weights"]
-    with pytest.raises(ConfigError, match=r"another model; model.moe.router.top_groups: 2 there, 4 here"):
+    with pytest.raises(ConfigError, match=r"another model: model.moe.router.top_groups: 2 there, 4 here"):
         Trainer(config(model__moe__router__top_groups=4), console=False)
     after = rank_main(config(model__moe__router__bias_rate=0.0), "mixed")["weights"]
     name = "layers.0.ffn.router.selection_bias"
