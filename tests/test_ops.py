@@ -454,7 +454,9 @@ def test_cuda_sources_compile():
     """Every .cu compiles for every architecture we name, on the stable ABI, whatever torch is installed."""
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
-    result = subprocess.run(["bash", str(ROOT / "csrc" / "compile_cuda.sh")], capture_output=True, text=True)
+    # The script asks `python` for torch's headers: this one, also when its environment is not the active one.
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    result = subprocess.run(["bash", str(ROOT / "csrc" / "compile_cuda.sh")], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
         assert f"cuda/{source.name} sm_80 sm_90a sm_100 ok" in result.stdout
