@@ -196,7 +196,7 @@ def _help(command: str) -> str:
 
 
 def _options(name: str, field: FieldInfo) -> list[str]:
-    sections = schema._sections(field.annotation)
+    sections = schema.inner_sections(field.annotation)
     if len(sections) != 1 or sections[0][1]:
         # An option, a list of sections (its entries are --data.train.0.path), or a choice of sections by their type.
         return [_option(name, field)]
@@ -207,7 +207,7 @@ def _option(name: str, field: FieldInfo) -> str:
     default = field.default
     notes = ["required"] if field.is_required() else [f"default {default}"] if isinstance(default, (int, float, str)) and default != "" else []
     notes += ["one of " + ", ".join(map(str, get_args(field.annotation)))] if get_origin(field.annotation) is Literal else []
-    notes += [f"a list of {', '.join(cls.model_fields)}" for cls, in_list in schema._sections(field.annotation) if in_list]
+    notes += [f"a list of {', '.join(cls.model_fields)}" for cls, in_list in schema.inner_sections(field.annotation) if in_list]
     text = f"  --{name}" + (f" ({'; '.join(notes)})" if notes else "")
     return text + (f"\n      {field.description}" if field.description else "")
 

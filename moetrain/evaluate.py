@@ -43,7 +43,7 @@ def evaluate(
     world, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     results: dict[str, dict[str, Any]] = {}
     for name, dataset in sets.items():
-        sums = Sums(model.config.num_layers, [], 1, device)
+        sums = Sums([], 1, device)
         with BatchIterator(
             dataset, global_batch_size=batch_size * world, micro_batch_size=batch_size, dp_rank=rank, dp_world=world, prefetch=0
         ) as batches:

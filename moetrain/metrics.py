@@ -155,7 +155,8 @@ def console_line(record: dict[str, Any], *, steps: int | None, devices: int, ste
     losses = " ".join(f"{k} {record[k]:.4g}" for k in ("lm", "sparsity", "balance", "cv", "z") if record.get(k) is not None)
     parts.append(f"loss {record['loss']:.4f}" + (f" ({losses})" if losses else ""))
     if record.get("sparsity_coef") is not None:
-        parts.append(f"coef {record['sparsity_coef']:.3g}")
+        used = record["sparsity_coef"] if isinstance(record["sparsity_coef"], list) else [record["sparsity_coef"]]
+        parts.append(f"coef {sum(used) / len(used):.3g}")
     parts.append(f"gnorm {record['grad_norm']:.3g}")
     parts.append(f"lr {record['lr']:.3g}")
     parts.append(f"{_short(tokens_per_s / devices)} tok/s" + ("/dev" if devices > 1 else ""))

@@ -38,9 +38,10 @@ def forward(
     # The name of a token, whatever rank it is on: its sample's index and its place in it, moved by the seed.
     keys = batch["sample_index"][:, None] * sequence + torch.arange(sequence, device=labels.device) + seed * 0x632BE59BD9B4E019 % 2**62
     wide = torch.promote_types(dtype, torch.float32)
+    tags = batch["source"][:, None].expand_as(labels)
     context = TokenContext(
         keys=keys.flatten(), valid=(labels != IGNORE).flatten(), num_tokens=None if num_tokens is None else num_tokens.to(wide), group=group,
-        sequence=sequence, counts=counts,
+        sequence=sequence, counts=counts, tags=tags.flatten(),
     )  # fmt: skip
     return model(
         batch["tokens"], labels=labels, positions=batch["positions"], document_ids=batch["document_ids"] if isolate_documents else None,
@@ -50,26 +51,28 @@ def forward(
 
 @dataclass(frozen=True)
 class Totals:
-    """Over all ranks. lm: summed loss. losses: by name. sources: mean loss and tokens of each. moe: statistics by layer. loads:
-    of each MoE layer, routes per expert. mean_active: over layers."""
+    """Over all ranks. lm: summed loss. losses: by name, of each MoE layer. sources: mean loss and tokens of each. moe: statistics by MoE layer.
+    loads: of each MoE layer, routes per expert. sums: of each MoE layer, `LayerReport.sums`, flattened. mean_active: over layers."""
 
     lm: float
-    losses: dict[str, float]
+    losses: dict[str, list[float]]
     sources: list[dict[str, Any]]
     moe: dict[str, list[float]]
     loads: list[list[float]]
+    sums: list[dict[str, list[float]]]
     mean_active: float | None
 
 
 class Sums:
     """Sums over tokens of a step or an evaluation, and one collective that adds them over ranks."""
 
-    def __init__(self, num_layers: int, losses: list[str], num_sources: int, device: torch.device) -> None:
-        self.loss_names, self.num_layers = losses, num_layers
+    def __init__(self, losses: list[str], num_sources: int, device: torch.device) -> None:
+        """losses: names of the routers' losses to sum up."""
+        self.loss_names = losses
         self.lm = torch.zeros((), dtype=torch.float64, device=device)
-        self.losses = torch.zeros(len(losses), dtype=torch.float64, device=device)
         self.sources = torch.zeros(2, num_sources, dtype=torch.float64, device=device)
-        self.layers: list[Tensor | None] = [None] * num_layers
+        self.layers: list[dict[str, Tensor]] = []
+        """Of each MoE layer, everything that is summed up, by name: losses, stats and the router's own sums, which begin with a dot."""
 
     @torch.no_grad()
     def add(self, output: ModelOutput, batch: Batch) -> None:
@@ -80,32 +83,31 @@ class Sums:
         counted = (batch["labels"] != IGNORE).sum(-1).double()
         self.sources[0].index_add_(0, source, output.token_losses.double().sum(-1))
         self.sources[1].index_add_(0, source, counted)
-        for i, report in enumerate(output.reports):
-            if self.loss_names:
-                zero = self.lm.new_zeros(())
-                self.losses += torch.stack([report.losses[n].detach().double() if n in report.losses else zero for n in self.loss_names])
+        found = []
+        for report in output.reports:
             if report.stats:
-                s = report.stats
-                packed = torch.cat([torch.stack([s["tokens"], s["active_sq"], s["empty"], s["probes"], s["dropped"]]), s["load"]])
-                self.layers[i] = packed if self.layers[i] is None else self.layers[i] + packed
+                losses = {name: report.losses[name].detach() for name in self.loss_names}
+                found.append({**losses, **report.stats, **{f".{name}": value for name, value in report.sums.items()}})
+        if not self.layers:
+            self.layers = [{name: torch.zeros_like(value, dtype=torch.float64) for name, value in layer.items()} for layer in found]
+        for total, layer in zip(self.layers, found, strict=True):
+            for name, value in layer.items():
+                total[name] += value
 
     def reduce(self, group: dist.ProcessGroup | None) -> Totals:
-        sparse = [layer for layer in self.layers if layer is not None]
-        flat = torch.cat([self.lm[None], self.losses, self.sources.flatten(), *sparse])
+        flat = torch.cat([self.lm[None], self.sources.flatten(), *(value.flatten() for layer in self.layers for value in layer.values())])
         if group is not None:
             dist.all_reduce(flat, group=group)
-        values = flat.tolist()
-        lm, values = values[0], values[1:]
-        losses, values = dict(zip(self.loss_names, values)), values[len(self.loss_names) :]
+        values = iter(flat.tolist())
+        lm = next(values)
         n = self.sources.shape[1]
-        sources = [{"loss": total / tokens if tokens else 0.0, "tokens": int(tokens)} for total, tokens in zip(values[:n], values[n : 2 * n])]
-        values = values[2 * n :]
+        totals, tokens = [next(values) for _ in range(n)], [next(values) for _ in range(n)]
+        sources = [{"loss": total / count if count else 0.0, "tokens": int(count)} for total, count in zip(totals, tokens)]
+        layers = [{name: [next(values) for _ in range(value.numel())] for name, value in layer.items()} for layer in self.layers]
         moe: dict[str, list[float]] = {}
-        loads: list[list[float]] = []
-        for layer in sparse:
-            (tokens, squares, empty, probes, dropped), load = values[:5], values[5 : layer.numel()]
-            loads.append(load)
-            values = values[layer.numel() :]
+        for layer in layers:
+            tokens, squares, empty, probes, dropped = (layer[name][0] for name in ("tokens", "active_sq", "empty", "probes", "dropped"))
+            load = layer["load"]
             tokens, routes = max(1.0, tokens), sum(load)
             mean = routes / tokens
             for name, value in {
@@ -119,4 +121,12 @@ class Sums:
             }.items():
                 moe.setdefault(name, []).append(value)
         active = moe.get("active")
-        return Totals(lm, losses, sources, moe, loads, sum(active) / len(active) if active else None)
+        return Totals(
+            lm=lm,
+            losses={name: [layer[name][0] for layer in layers] for name in self.loss_names},
+            sources=sources,
+            moe=moe,
+            loads=[layer["load"] for layer in layers],
+            sums=[{name[1:]: value for name, value in layer.items() if name[0] == "."} for layer in layers],
+            mean_active=sum(active) / len(active) if active else None,
+        )

@@ -7,6 +7,7 @@ parallelism; parallel/parallelize.py applies it from outside.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
@@ -140,9 +141,12 @@ class Transformer(nn.Module):
         cos, sin = rope_tables(self.rope_frequencies.to(x.device), self.rope_scale, positions, x.dtype)
         layout = Layout(cos, sin, "sdpa") if cache is not None else make_layout(cos, sin, document_ids, self.windows, x.dtype)
         context = TokenContext() if context is None else context
+        context = dataclasses.replace(context, tokens=tokens.flatten())
         reports = []
         for layer in self.layers:
             x, report = layer(x, layout, context, cache)
+            if report.scores is not None:
+                context = dataclasses.replace(context, previous=report.scores)
             reports.append(report)
         if cache is not None:
             cache.length += S

@@ -35,12 +35,6 @@ from moetrain.parallel.grads import gradient_norm, scale_gradients
 from moetrain.parallel.mesh import build_meshes, start_processes
 from moetrain.parallel.parallelize import add_whole
 
-_TRAINING_OPTIONS = {
-    "ste", "probe_rate", "sparsity_coef", "sparsity_on", "target_active", "controller_factor", "rescale_gradient", "balance_coef", "z_coef",
-    "init_std", "bias_init", "jitter", "second", "bias_rate", "balance_over", "balance_count", "cv_coef", "capacity_factor", "drop",
-}  # fmt: skip
-"""Of the model section: how it is trained. These may change when a run goes on; what the model computes may not."""
-
 
 def learning_rate_factor(step: int, steps: int, schedule: ScheduleConfig) -> float:
     """Share of the peak learning rate in step 0, 1, ... of `steps`: linear warm-up, then cosine, WSD or constant."""
@@ -218,7 +212,8 @@ class Trainer:
 
         old, new = self._together(read), schema.to_dict(self.model_config)
         changed = [] if old is None else _differences(old, new, "model")
-        fixed = [line for line in changed if line.split(":")[0].rpartition(".")[2] not in _TRAINING_OPTIONS]
+        training = frozenset() if self.model_config.moe is None else self.model_config.moe.router.TRAINING
+        fixed = [line for line in changed if line.split(":")[0].rpartition(".")[2] not in training]
         if fixed:
             raise ConfigError(f"run_dir {self.config.run_dir}: its checkpoint is of another model: {'; '.join(fixed)}. Use another run_dir")
 
@@ -255,13 +250,13 @@ class Trainer:
 
         self.model.train()
         counts = StepCounts()
-        sums = Sums(self.model_config.num_layers, list(factors), len(self.config.data.train), self.device)
+        sums = Sums(list(factors), len(self.config.data.train), self.device)
         for batch in batches:
             output = forward(self.model, batch, self.dtype, self.config.data.isolate_documents, count, train.seed, self.group, counts)
             loss = output.loss_sum / count.to(output.loss_sum.dtype)
-            for report in output.reports:
+            for layer, report in enumerate(r for r in output.reports if r.stats):
                 for name, value in report.losses.items():
-                    loss = loss + factors[name] * value
+                    loss = loss + factors[name][layer] * value
             loss.backward()
             sums.add(output, batch)
         totals = sums.reduce(self.group)
@@ -269,14 +264,14 @@ class Trainer:
         norm = gradient_norm(self.parameters.values())
         numbers = torch.stack([norm, count]).tolist()
         grad_norm, tokens = numbers[0], int(numbers[1])
-        losses = {"lm": totals.lm / tokens, **totals.losses}
-        total = losses["lm"] + sum(factors[name] * losses[name] for name in factors)
+        losses = {"lm": totals.lm / tokens, **{name: sum(values) for name, values in totals.losses.items()}}
+        total = losses["lm"] + sum(f * v for name in factors for f, v in zip(factors[name], totals.losses[name]))
         good = math.isfinite(grad_norm) and math.isfinite(total)
         if good:
             if train.grad_clip is not None:
                 scale_gradients(self.parameters.values(), (train.grad_clip / (norm + 1e-6)).clamp(max=1.0))
             self.optimizer.step()
-            for name, change in changes_after_step(self.model, totals.loads):
+            for name, change in changes_after_step(self.model, totals.loads, totals.sums):
                 add_whole(self.parameters[name], change)
             self.updates += 1
         self.optimizer.zero_grad(set_to_none=True)
@@ -289,12 +284,13 @@ class Trainer:
         record = {"step": self.step, "loss": total, **losses, "grad_norm": grad_norm, "lr": train.lr * factor, "tokens": self.tokens}
         record["skipped"] = not good
         if self.controller is not None:
-            record["sparsity_coef"] = factors["sparsity"]
+            used = factors[self.controller.loss]
+            record[f"{self.controller.loss}_coef"] = used if len(set(used)) > 1 else used[0]
         record["moe"] = totals.moe
         if totals.mean_active is not None and good:
             self.mean_active = totals.mean_active
             if self.controller is not None:
-                self.controller.update(totals.mean_active)
+                self.controller.update(totals.moe["active"])
         record["sources"] = {s.name: v for s, v in zip(self.config.data.train, totals.sources) if v["tokens"]}
         return {k: v for k, v in record.items() if v not in ({}, None)}
 

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moetrain import config as schema
 from moetrain.config import Config, ConfigError, ModelConfig, check_world, config_from_dict, load_config, parse_overrides, parse_yaml, to_yaml
+from moetrain.config.routers import ROUTERS, BudgetOptions
 from moetrain.model import Transformer, init_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -389,7 +390,7 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": moe(mlp_bias=True)}, "model.mlp_bias: experts have no bias"),
     ({"model": moe(), "parallel": {"ep": 3}}, "model.moe.num_experts (8) must be a multiple of parallel.ep (3); nearest: 2"),
     ({"model": moe(), "parallel": {"dp_shard": 3}}, "parallel.dp_shard (3) must divide model.hidden_size (8) and twice model.moe.expert_dim (12)"),
-    ({"model": moe({"type": "topk", "top_k": 9})}, "model.moe.router.top_k (9) is more than model.moe.num_experts (8)"),
+    ({"model": moe({"type": "topk", "top_k": 9})}, "model.moe.router.top_k (9) is more than num_experts (8)"),
     ({"model": moe({**_OPEN, "probe_rate": 0.5})}, "model.moe.router.probe_rate (0.5) has an effect only with ste: sampled, not exact"),
     ({"model": moe({**_OPEN, "bias_init": 4.0})}, "model.moe.router.bias_init (4.0) has an effect only with bias: true"),
     ({"model": moe({**_OPEN, "controller_factor": 1.5})}, "model.moe.router.controller_factor (1.5) has an effect only with target_active"),
@@ -409,7 +410,7 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": moe({**_TOP2, "score": "sigmoid", "num_groups": 8})}, "router.top_groups (1) groups have 1 experts, fewer than top_k (2)"),
     ({"model": moe({**_TOP2, "drop": "random"})}, "router.drop (random) has an effect only with capacity_factor"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": _OPEN}}, "upcycle.router.type (sigmoid_ste) does not belong to upcycle.method (llama_moe); use topk"),
-    ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": {"type": "topk", "top_k": 9}}}, "upcycle.router.top_k (9) is more than upcycle.num_experts (8)"),
+    ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": {"type": "topk", "top_k": 9}}}, "upcycle.router.top_k (9) is more than num_experts (8)"),
     (_upcycle(granularity=2), "upcycle.granularity (2) has no effect with method: dsmoe; it is for virtual_groups"),
     (_upcycle("btx", num_experts=4, models=["c", "d"]), "upcycle.num_experts (4) has no effect with method: btx"),
     (_upcycle("to_dense", router=_OPEN), "upcycle.router (SigmoidSteRouter"),
@@ -422,7 +423,7 @@ RULES: list[tuple[dict[str, Any], str]] = [
     (_upcycle("aggregate", models=["c"], merge="ties"), "upcycle.merge (ties) needs a common start, which mixtures don't name; use average or base"),
     (_upcycle("virtual_groups", granularity=3), "upcycle.num_experts (8) must be a multiple of upcycle.granularity (3)"),
     (_upcycle("virtual_groups", router={"type": "topk", "top_k": 3}), "upcycle.router.top_k (3) must be a multiple of upcycle.granularity (2)"),
-    (_upcycle("btx", models=["c", "d"], router={"type": "topk", "top_k": 3}), "upcycle.router.top_k (3) is more than the number of upcycle.models (2)"),
+    (_upcycle("btx", models=["c", "d"], router={"type": "topk", "top_k": 3}), "upcycle.router.top_k (3) is more than num_experts (2)"),
     (_upcycle("copy", router={**_OPEN, "input": "residual"}), "upcycle.weight_scaling: with router.input: residual the size of what the gates see"),
 ]  # fmt: skip
 WORLDS: list[tuple[dict[str, Any], int, str]] = [
@@ -460,18 +461,18 @@ def test_every_rule_has_a_case() -> None:
         with pytest.raises(ConfigError) as caught:
             check_world(config_from_dict(tree), world)
         said.append(str(caught.value))
-    source = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
     rules = 0
-    for function in source.body:
-        names = ("check", "check_world", "_check_model", "_check_sigmoid", "_check_topk", "_check_upcycle")
-        if isinstance(function, ast.FunctionDef) and function.name in names:
+    for file in ("rules.py", "routers.py"):
+        for function in ast.walk(ast.parse((Path(schema.__file__).parent / file).read_text(encoding="utf-8"))):
+            if not isinstance(function, ast.FunctionDef) or function.name not in ("check", "check_world", "problems", "_check_model", "_check_upcycle"):
+                continue
             for call in ast.walk(function):
                 if isinstance(call, ast.Call) and ast.unparse(call.func) in ("bad.append", "ConfigError"):
                     template = _template(call.args[0])
                     if template == "":
                         continue  # raises what was collected
                     rules += 1
-                    assert any(re.search(template, text, re.DOTALL) for text in said), f"config.py:{call.lineno} has no case: {template}"
+                    assert any(re.search(template, text, re.DOTALL) for text in said), f"{file}:{call.lineno} has no case: {template}"
     assert rules >= 36
 
 
@@ -487,6 +488,8 @@ def _template(node: ast.expr) -> str:
 
 # ---------------------------------------------------------------------------------------------------- every option is read
 
+_BUDGETED = [cls for cls in ROUTERS.values() if issubclass(cls, BudgetOptions)]
+
 # Section.option -> (file, expression in it that reads the option).
 READ: dict[str, tuple[str, str]] = {
     "Config.run_dir": ("train.py", "config.run_dir"),
@@ -500,37 +503,12 @@ READ: dict[str, tuple[str, str]] = {
     "RopeScaling.beta_fast": ("attention.py", "scaling.beta_fast"),
     "RopeScaling.beta_slow": ("attention.py", "scaling.beta_slow"),
     "RopeScaling.attention_factor": ("attention.py", "scaling.attention_factor"),
-    "SigmoidSteRouter.type": ("moe/routers/__init__.py", "isinstance(config.moe.router, SigmoidSteRouter)"),
-    "SigmoidSteRouter.threshold": ("moe/routers/sigmoid_ste.py", "options.threshold"),
-    "SigmoidSteRouter.ste": ("moe/routers/sigmoid_ste.py", "options.ste"),
-    "SigmoidSteRouter.probe_rate": ("moe/routers/sigmoid_ste.py", "options.probe_rate"),
-    "SigmoidSteRouter.zero_routes": ("moe/routers/sigmoid_ste.py", "options.zero_routes"),
-    "SigmoidSteRouter.rescale": ("moe/routers/sigmoid_ste.py", "options.rescale"),
-    "SigmoidSteRouter.rescale_in_eval": ("moe/routers/sigmoid_ste.py", "options.rescale_in_eval"),
-    "SigmoidSteRouter.rescale_gradient": ("moe/routers/sigmoid_ste.py", "options.rescale_gradient"),
-    "SigmoidSteRouter.sparsity_coef": ("moe/losses.py", "router.sparsity_coef"),
-    "SigmoidSteRouter.sparsity_on": ("moe/routers/sigmoid_ste.py", "options.sparsity_on"),
-    "SigmoidSteRouter.target_active": ("moe/losses.py", "router.target_active"),
-    "SigmoidSteRouter.controller_factor": ("moe/losses.py", "router.controller_factor"),
-    "SigmoidSteRouter.bias": ("moe/routers/sigmoid_ste.py", "options.bias"),
+    # A router's options are read by its module as `options.x` or by its own section as `self.x`; these few are read elsewhere.
+    **{f"{cls.__name__}.type": ("moe/routers/__init__.py", "router.type") for cls in ROUTERS.values()},
+    **{f"{cls.__name__}.init_std": ("model.py", "router.init_std") for cls in ROUTERS.values() if "init_std" in cls.model_fields},
+    **{f"{cls.__name__}.{n}": ("moe/losses.py", f"router.{n}") for cls in _BUDGETED for n in ("target_active", "target_over", "controller_factor")},
     "SigmoidSteRouter.bias_init": ("model.py", "getattr(config.moe.router, 'bias_init', 0.0)"),
-    "SigmoidSteRouter.init_std": ("model.py", "router.init_std"),
-    "SigmoidSteRouter.input": ("moe/layer.py", "router.input"),
-    "TopKRouter.type": ("moe/routers/__init__.py", "isinstance(config.moe.router, SigmoidSteRouter)"),
-    "TopKRouter.top_k": ("moe/routers/topk.py", "options.top_k"),
-    "TopKRouter.normalize": ("moe/routers/topk.py", "options.normalize"),
-    "TopKRouter.output_scale": ("moe/routers/topk.py", "options.output_scale"),
-    **{
-        f"TopKRouter.{name}": ("moe/routers/topk.py", f"options.{name}")
-        for name in (
-            "score", "gate", "cosine_temperature", "jitter", "noise", "second", "selection_bias", "bias_rate", "num_groups", "top_groups",
-            "balance_over", "balance_count", "capacity_factor", "drop",
-        )
-    },
-    "TopKRouter.cv_coef": ("moe/losses.py", "router.cv_coef"),
-    "TopKRouter.balance_coef": ("moe/losses.py", "router.balance_coef"),
-    "TopKRouter.z_coef": ("moe/losses.py", "router.z_coef"),
-    "TopKRouter.init_std": ("model.py", "router.init_std"),
+    "SigmoidSteRouter.input": ("moe/layer.py", "getattr(router, 'input', 'normed')"),
     "MoEConfig.num_experts": ("moe/layer.py", "moe.num_experts"),
     "MoEConfig.expert_dim": ("moe/layer.py", "moe.expert_dim"),
     "ModelConfig.vocab_size": ("model.py", "config.vocab_size"),
@@ -609,7 +587,7 @@ READ: dict[str, tuple[str, str]] = {
         )
     },
     **{f"UpcycleConfig.{n}": ("convert/calibrate.py", f"config.{n}") for n in ("calibration", "calibration_sequences", "calibration_seq_len")},
-    "UpcycleConfig.weight_scaling": ("config.py", "self.weight_scaling"),
+    "UpcycleConfig.weight_scaling": ("config/sections.py", "self.weight_scaling"),
     "UpcycleConfig.max_shard_bytes": ("convert/upcycle.py", "config.max_shard_bytes"),
     "EvalConfig.sequences": ("evaluate.py", "eval.sequences"),
     "EvalConfig.batch_size": ("evaluate.py", "eval.batch_size"),
@@ -625,6 +603,18 @@ READ: dict[str, tuple[str, str]] = {
 }  # fmt: skip
 
 
+def _read_by_router(option: str) -> tuple[str, str]:
+    section, name = option.split(".")
+    type_ = next(type_ for type_, cls in ROUTERS.items() if cls.__name__ == section)
+    source = ast.parse((ROOT / "moetrain/config/routers.py").read_text(encoding="utf-8"))
+    classes = {node.name: node for node in source.body if isinstance(node, ast.ClassDef)}
+    for base in next(cls for cls in ROUTERS.values() if cls.__name__ == section).__mro__:
+        for function in classes[base.__name__].body if base.__name__ in classes else []:
+            if isinstance(function, ast.FunctionDef) and function.name not in ("idle", "problems") and f"self.{name}" in ast.unparse(function):
+                return "config/routers.py", f"self.{name}"
+    return f"moe/routers/{type_}.py", f"options.{name}"
+
+
 def test_every_option_is_read() -> None:
     """An option that nothing reads fails here, and so does one that this table does not know."""
     options, todo, seen = set(), [Config], set()
@@ -634,13 +624,14 @@ def test_every_option_is_read() -> None:
             continue
         seen.add(section)
         for name, field in section.model_fields.items():
-            inner = [cls for cls, _ in schema._sections(field.annotation)]
+            inner = [cls for cls, _ in schema.inner_sections(field.annotation)]
             todo += inner
             if not inner:
                 options.add(f"{section.__name__}.{name}")
-    assert options == READ.keys()
+    read = READ | {name: _read_by_router(name) for name in options - READ.keys() if name.split(".")[0] in {cls.__name__ for cls in ROUTERS.values()}}
+    assert options == read.keys()
     expressions: dict[str, set[str]] = {}
-    for option, (file, expression) in READ.items():
+    for option, (file, expression) in read.items():
         if file not in expressions:
             tree = ast.parse((ROOT / "moetrain" / file).read_text(encoding="utf-8"))
             expressions[file] = {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, (ast.Attribute, ast.Call))}

@@ -113,7 +113,7 @@ def reference(config: Config, how: str) -> dict[str, Any]:
             loss = output.loss_sum / count
             for load, report in zip(loads, output.reports):
                 load += report.stats["load"]
-                for name, factor in coefficients(model_config, None).items():
+                for name, (factor, *_) in coefficients(model_config, None).items():
                     loss = loss + factor * report.losses[name]
             loss.backward()
             total += loss.detach()

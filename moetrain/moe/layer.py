@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moetrain.config import ModelConfig, SigmoidSteRouter
+from moetrain.config import ModelConfig
 from moetrain.moe.dispatch import AllToAllDispatcher, LocalDispatcher
 from moetrain.moe.experts import GroupedExperts
 from moetrain.moe.routers import build_router
@@ -23,7 +23,7 @@ class MoELayer(nn.Module):
         super().__init__()
         assert config.moe is not None, "a dense model has no MoE layer"
         router = config.moe.router
-        self.routes_by_residual = isinstance(router, SigmoidSteRouter) and router.input == "residual"
+        self.routes_by_residual = getattr(router, "input", "normed") == "residual"
         self.router = build_router(config, layer)
         self.experts = GroupedExperts(config.moe.num_experts, config.hidden_size, config.moe.expert_dim)
         self.dispatcher: LocalDispatcher | AllToAllDispatcher = LocalDispatcher()
@@ -33,4 +33,4 @@ class MoELayer(nn.Module):
         routing = self.router(residual if self.routes_by_residual else x, context)
         work, plan = self.dispatcher.dispatch(x, routing)
         y = self.dispatcher.combine(self.experts(work), plan)
-        return y, LayerReport(routing.losses, statistics(routing.decision, context.valid))
+        return y, LayerReport(routing.losses, statistics(routing.decision, context.valid), routing.sums, routing.scores)

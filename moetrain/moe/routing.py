@@ -58,6 +58,8 @@ class TokenContext:
     group: ranks whose tokens belong to the same micro-batch (for statistics that a loss needs); None: this rank alone.
     sequence: tokens per sample, which lie one after the other; None: all of this call are one sample.
     counts: routes of the earlier micro-batches of this optimizer step; None: a micro-batch stands for itself.
+    tokens: (T,) int64, token ids. tags: (T,) int64, which kind of text a token is of: the number of its source in `data.train`; None: not known.
+    previous: (T, ...) the scores of the MoE layer before this one, with gradient (`Routing.scores`); None: there is none.
     """
 
     keys: Tensor | None = None
@@ -66,6 +68,9 @@ class TokenContext:
     group: dist.ProcessGroup | None = None
     sequence: int | None = None
     counts: StepCounts | None = None
+    tokens: Tensor | None = None
+    tags: Tensor | None = None
+    previous: Tensor | None = None
 
 
 @visible
@@ -93,11 +98,16 @@ class Routing:
     weights: (T, E) float32 (float64 for float64 inputs), differentiable, 0 where there is no route. Its gradient is taken on routes and, times
     the importance, on probes; elsewhere it is 0.
     losses: scalars, sums over this rank's tokens divided by `TokenContext.num_tokens`, coefficients not applied.
+    sums: what the router's `after_step` wants to know, detached sums over this rank's tokens, of any shape; they are added over ranks and
+    micro-batches.
+    scores: (T, ...) what the router of the next MoE layer gets as `TokenContext.previous`; None: nothing.
     """
 
     decision: Decision
     weights: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    scores: Tensor | None = None
 
 
 @visible
@@ -106,10 +116,13 @@ class LayerReport:
     """What a layer tells beside its output. losses: differentiable scalars. stats: detached sums over this rank's tokens, to be added over
     ranks and micro-batches: tokens (), load (E,) routes per expert, active_sq () sum of squared routes per token, empty () tokens without a
     route, probes () probe routes, dropped () routes lost to a full expert. Nothing accumulates inside forward, since recomputation would count
-    it twice."""
+    it twice.
+    sums, scores: of the Routing."""
 
     losses: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    scores: Tensor | None = None
 
 
 def statistics(decision: Decision, valid: Tensor | None) -> dict[str, Tensor]:

@@ -1,4 +1,8 @@
-"""Routers, one short file per family. `build_router` is the only place that knows them all."""
+"""Routers, one short file per family.
+
+A router is a section of options (moetrain.config.routers.RouterOptions) and a module that `router_for` ties to it; docs/routers.md says how
+to add one.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +11,34 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from moetrain.config import ModelConfig, SigmoidSteRouter
-from moetrain.moe.routers.sigmoid_ste import SigmoidSte
-from moetrain.moe.routers.topk import TopK
+from moetrain.config import ModelConfig
+from moetrain.moe.routers import sigmoid_ste, topk
+from moetrain.moe.routers.base import MODULES, router_for
+
+__all__ = ["build_router", "changes_after_step", "router_for", "sigmoid_ste", "topk"]
 
 
 def build_router(config: ModelConfig, layer: int) -> nn.Module:
-    """The router of one MoE layer, from `config.moe.router`."""
+    """The router of one MoE layer, from `config.moe.router`. ValueError if its type has options but no module."""
     assert config.moe is not None, "a dense model has no router"
-    return (SigmoidSte if isinstance(config.moe.router, SigmoidSteRouter) else TopK)(config, layer)
+    router = config.moe.router
+    kind = type(router)
+    if kind not in MODULES:
+        raise ValueError(f"model.moe.router.type ({router.type}) has options but no module: decorate one with @router_for({kind.__name__})")
+    return MODULES[kind](config, layer)
 
 
-def changes_after_step(model: nn.Module, loads: list[list[float]]) -> Iterator[tuple[str, Tensor]]:
+def changes_after_step(model: nn.Module, loads: list[list[float]], sums: list[dict[str, list[float]]]) -> Iterator[tuple[str, Tensor]]:
     """(parameter's name, what to add to it) after an optimizer step, for routers with a method `after_step`.
 
     This is how a router has state that no gradient moves: a parameter with requires_grad=False, which the optimizer leaves alone and which is
-    sharded, saved and loaded like all others. loads: for each MoE layer, in order, the routes of each expert in the step over all ranks; every
-    rank has the same, so every rank makes the same changes.
+    sharded, saved and loaded like all others. loads: for each MoE layer, in order, the routes of each expert in the step over all ranks. sums:
+    likewise what the router itself summed up (`Routing.sums`). Every rank has the same, so every rank makes the same changes.
     """
     routers = [(name, module) for name, module in model.named_modules() if name.endswith(".ffn.router")]
-    for (name, router), load in zip(routers, loads, strict=True):
+    for (name, router), load, own in zip(routers, loads, sums, strict=True):
         if hasattr(router, "after_step"):
-            for parameter, change in router.after_step(torch.tensor(load, dtype=torch.float64)):
+            named = {key: torch.tensor(values, dtype=torch.float64) for key, values in own.items()}
+            for parameter, change in router.after_step(torch.tensor(load, dtype=torch.float64), named):
                 yield f"{name}.{parameter}", change
+

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.config import ModelConfig, SigmoidSteRouter
+from moetrain.moe.routers.base import router_for
 from moetrain.moe.routing import Decision, Routing, TokenContext, recorded, token_count, uniform
 
 
+@router_for(SigmoidSteRouter)
 class SigmoidSte(nn.Module):
     """g = sigmoid(x Y) (Eq. 7, no bias); routes where g > tau; weight n / #routes * g (Eqs. 7-8).
 
@@ -24,7 +26,7 @@ class SigmoidSte(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         assert config.moe is not None and isinstance(config.moe.router, SigmoidSteRouter), "needs a sigmoid_ste config"
-        self.options, self.layer, self.num_layers = config.moe.router, layer, config.num_layers
+        self.options, self.layer, self.num_layers = config.moe.router, layer, config.num_moe_layers
         self.num_experts = config.moe.num_experts
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
         self.bias = nn.Parameter(torch.empty(self.num_experts)) if self.options.bias else None

@@ -15,6 +15,7 @@ from torch.nn.functional import linear, normalize, one_hot, softplus
 from moetrain.config import ModelConfig, TopKRouter
 from moetrain.moe.balance import product_of_shares, smooth_load, squared_variations
 from moetrain.moe.capacity import within_capacity, within_groups
+from moetrain.moe.routers.base import router_for
 from moetrain.moe.routing import Decision, Routing, TokenContext, group_sum, normal, recorded, shares, token_count, uniform
 
 JITTER, NOISE, SECOND, DROP = range(1, 5)
@@ -26,6 +27,7 @@ def stream(layer: int, use: int) -> int:
     return layer + (use << 20)
 
 
+@router_for(TopKRouter)
 class TopK(nn.Module):
     """s = softmax or sigmoid of the gate's logits; the k largest route, with weights s / (their sum) or s itself, times `output_scale`.
 
@@ -143,7 +145,7 @@ class TopK(nn.Module):
             counts = context.counts.add(self.layer, counts)
         return shares(counts)
 
-    def after_step(self, load: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def after_step(self, load: Tensor, sums: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """load: (E,) float64, routes of the whole step over all ranks. Changes of parameters that no gradient makes: the bias rises by
         `bias_rate` where the load was below the mean and falls where it was above (DeepSeek-V3; once per optimizer step)."""
         if self.selection_bias is not None:

@@ -186,7 +186,7 @@ def test_squared_variations():
     torch.testing.assert_close(grad, wanted)
     for amounts, cv in (([2.0, 2.0, 2.0], 0.0), ([0.0, 7.0, 0.0], 2.0), ([0.0, 0.0, 0.0], 0.0)):
         assert squared_variations(TokenContext(), x, torch.tensor(amounts)).item() == pytest.approx(cv, abs=1e-6)
-    assert coefficients(model_config(TopKRouter(top_k=2, cv_coef=0.3)), None) == {"balance": 0.01, "z": 0.0, "cv": 0.3}
+    assert coefficients(model_config(TopKRouter(top_k=2, cv_coef=0.3)), None) == {"balance": [0.01] * 3, "z": [0.0] * 3, "cv": [0.3] * 3}
 
 
 def test_the_global_batch_counts_what_came_before():
@@ -229,9 +229,9 @@ def test_the_bias_steps_against_the_load():
     model.ffn = torch.nn.Module()
     layer, _ = pair(model_config(TopKRouter(top_k=2, score="sigmoid", selection_bias=True, bias_rate=0.01)))
     model.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"ffn": layer})])
-    (found,) = changes_after_step(model, [[5.0, 4.0, 3.0, 6.0, 2.0]])
+    (found,) = changes_after_step(model, [[5.0, 4.0, 3.0, 6.0, 2.0]], [{}])
     assert found[0] == "layers.0.ffn.router.selection_bias" and found[1].tolist() == [-0.01, 0.0, 0.01, -0.01, 0.01]
-    assert not next(iter(changes_after_step(model, [[0.0] * 5])))[1].any()
+    assert not next(iter(changes_after_step(model, [[0.0] * 5], [{}])))[1].any()
 
 
 def test_the_bias_balances():
@@ -243,7 +243,7 @@ def test_the_bias_balances():
     for _ in range(300):
         load = layer.router(x, TokenContext()).decision.active.sum(0).double()
         loads.append((load.max() / load.mean()).item())
-        for name, change in layer.router.after_step(load):
+        for name, change in layer.router.after_step(load, {}):
             getattr(layer.router, name).data += change
     assert loads[0] > 2 and loads[-1] < 1.2
 

@@ -1,0 +1,38 @@
+"""Every option of moetrain: a typed schema, read from YAML, with dotted overrides.
+
+Plain data only: no device, no process group, nothing of torch. base: what sections are made of. routers, model, sections: the options. rules:
+what must hold between them. reading: files and command lines to configs and back.
+"""
+
+from moetrain.config.base import ConfigError, Section
+from moetrain.config.model import ModelConfig, MoEConfig, RopeScaling
+from moetrain.config.reading import (
+    config_from_dict,
+    defaults,
+    inner_sections,
+    keys,
+    load_config,
+    parse_overrides,
+    parse_yaml,
+    schema,
+    to_dict,
+    to_yaml,
+)
+from moetrain.config.routers import ROUTERS, Router, RouterOptions, SigmoidSteRouter, TopKRouter
+from moetrain.config.rules import check, check_world
+from moetrain.config.sections import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    EvalSource,
+    ExportConfig,
+    GenerateConfig,
+    LogConfig,
+    ParallelConfig,
+    PrepareConfig,
+    ScheduleConfig,
+    Source,
+    TrainConfig,
+    UpcycleConfig,
+)

@@ -1,0 +1,258 @@
+"""The options of each router, and which routers there are.
+
+A router is one section here, or in a file of the user's (docs/routers.md), and one module (moetrain.moe.routers). Defining a subclass of
+`RouterOptions` with a `type` makes that type known to the schema."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, GetCoreSchemaHandler
+from pydantic_core import core_schema
+
+from moetrain.config.base import NonNegativeFloat, Positive, PositiveFloat, Section
+
+ROUTERS: dict[str, type[RouterOptions]] = {}
+"""type -> section."""
+
+_holders: list[type[Section]] = []
+
+
+def holds_router(section: type[Section]) -> type[Section]:
+    """Decorator of the sections that contain a router, from the innermost to the outermost: a router that is defined later changes them too."""
+    _holders.append(section)
+    return section
+
+
+class RouterOptions(Section):
+    """Base of the routers' options. What follows the options says about a router what the rest of the program needs to know."""
+
+    type: str
+
+    TRAINING: ClassVar[frozenset[str]] = frozenset({"init_std", "bias_init"})
+    """Options that say how the model is trained and not what it computes: they may change when a run goes on."""
+
+    def problems(self, num_experts: int) -> list[str]:
+        """What is wrong between the options, each beginning with `.option` or `:`; the caller writes the section's name before it."""
+        return []
+
+    def coefficients(self) -> dict[str, float]:
+        """Loss that the router reports -> its coefficient (the start value, where a controller moves it)."""
+        return {}
+
+    def num_params(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
+        """(parameters of the matrices that a token is multiplied with, other parameters)."""
+        return num_experts * hidden_size, 0
+
+    def default_active(self, num_experts: int) -> float:
+        """Experts that a token uses as far as the options alone say: all, where it is learned."""
+        return num_experts
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        name = cls.model_fields["type"].default
+        if isinstance(name, str):  # a base of several routers has no type of its own
+            if name in ROUTERS and ROUTERS[name].__qualname__ != cls.__qualname__:
+                raise ValueError(f"router type {name} is taken by {ROUTERS[name].__name__}; give {cls.__name__} another")
+            ROUTERS[name] = cls
+            for holder in _holders:
+                holder.model_rebuild(force=True)
+
+
+class _AnyRouter:
+    """The schema of a `router:` section: any of the known types, chosen by `type`."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.tagged_union_schema({name: handler.generate_schema(cls) for name, cls in ROUTERS.items()}, discriminator="type")
+
+
+if TYPE_CHECKING:
+    Router = RouterOptions
+else:
+    Router = Annotated[RouterOptions, _AnyRouter()]
+
+
+class BudgetOptions(RouterOptions):
+    """Of routers with a sparsity loss: how many experts a token uses is learned, or held by a controller of the loss's coefficient."""
+
+    sparsity_coef: NonNegativeFloat
+    """Coefficient of the sparsity loss; the start value when `target_active` is set."""
+    target_active: PositiveFloat | None = None
+    """Mean routes per token to hold by adapting the sparsity coefficient; null keeps the coefficient."""
+    target_over: Literal["model", "layer"] = "model"
+    """`target_active` only: the mean over all layers is held, by one coefficient, or that of each layer, by one of its own."""
+    controller_factor: Annotated[float, Field(gt=1)] = 1.05
+    """`target_active` only. Largest factor by which the controller changes the coefficient in a step (ReMoE has 1.2, with 500 times the tokens per
+    step)."""
+
+    TRAINING: ClassVar[frozenset[str]] = RouterOptions.TRAINING | {"sparsity_coef", "target_active", "target_over", "controller_factor"}
+
+    def idle(self) -> set[str]:
+        return set() if self.target_active is not None else {"controller_factor", "target_over"}
+
+    def problems(self, num_experts: int) -> list[str]:
+        bad = []
+        for name in sorted(BudgetOptions.idle(self) & self.model_fields_set):
+            bad.append(f".{name} ({getattr(self, name)}) has an effect only with target_active")
+        if self.target_active is not None:
+            if self.target_active > num_experts:
+                bad.append(f".target_active ({self.target_active}) is more than num_experts ({num_experts})")
+            if self.sparsity_coef == 0:
+                bad.append(".sparsity_coef: 0 can't be adapted to hold target_active; use a small positive start such as 1e-3")
+        return bad
+
+    def coefficients(self) -> dict[str, float]:
+        return {"sparsity": self.sparsity_coef}
+
+
+class SigmoidSteRouter(BudgetOptions):
+    """DSMoE's router (arXiv 2502.12455): independent sigmoid gates, a threshold, a straight-through estimator, a sparsity loss."""
+
+    type: Literal["sigmoid_ste"] = "sigmoid_ste"
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """tau of Eq. 7: a gate routes when it is strictly above."""
+    ste: Literal["exact", "sampled", "off"] = "exact"
+    """Where the router's gradient comes from: every expert (Eqs. 10-11), a sample of the inactive ones, or the active ones alone."""
+    probe_rate: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """`ste: sampled` only: probability q that an inactive (token, expert) pair is probed, with importance 1/q."""
+    zero_routes: Literal["skip", "top1"] = "skip"
+    """A token whose gates are all closed: its FFN output is 0 (skip), or its largest gate routes all the same (top1)."""
+    rescale: Literal["count", "none"] = "count"
+    """Eq. 8: multiply by num_experts / number of routes of the token, or do not."""
+    rescale_in_eval: bool = True
+    """Whether Eq. 8 holds in evaluation too (the paper makes no difference)."""
+    rescale_gradient: Literal["detached", "straight_through"] = "detached"
+    """The count of Eq. 8 in backward: a constant (Eqs. 13-16), or straight-through like the gates."""
+    sparsity_coef: NonNegativeFloat = 1.0
+    """Eq. 19 has 1; the start value when `target_active` is set."""
+    sparsity_on: Literal["active", "all"] = "active"
+    """Eq. 18 as printed pushes the gates above the threshold (active); `all` pushes every gate."""
+    bias: bool = False
+    """Router bias; the paper has none. It keeps its training without weight decay."""
+    bias_init: float = 0.0
+    """`bias: true` only. Start value; a large one (such as 4) opens every gate."""
+    init_std: PositiveFloat = 0.02
+    input: Literal["normed", "residual"] = "normed"
+    """What the gates see: the FFN's input after the norm (the paper), or the residual stream before it."""
+
+    TRAINING: ClassVar[frozenset[str]] = BudgetOptions.TRAINING | {"ste", "probe_rate", "sparsity_on", "rescale_gradient"}
+
+    def idle(self) -> set[str]:
+        idle = super().idle()
+        idle |= set() if self.ste == "sampled" else {"probe_rate"}
+        idle |= set() if self.bias else {"bias_init"}
+        return idle | (set() if self.rescale == "count" else {"rescale_gradient", "rescale_in_eval"})
+
+    def problems(self, num_experts: int) -> list[str]:
+        bad, given = super().problems(num_experts), self.model_fields_set
+        if "probe_rate" in given and self.ste != "sampled":
+            bad.append(f".probe_rate ({self.probe_rate}) has an effect only with ste: sampled, not {self.ste}")
+        if "bias_init" in given and not self.bias:
+            bad.append(f".bias_init ({self.bias_init}) has an effect only with bias: true")
+        if self.rescale == "none" and ("rescale_gradient" in given or "rescale_in_eval" in given):
+            bad.append(": rescale_gradient and rescale_in_eval have an effect only with rescale: count")
+        return bad
+
+    def num_params(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
+        return num_experts * hidden_size, num_experts if self.bias else 0
+
+
+class TopKRouter(RouterOptions):
+    """The k experts of the largest scores route: Switch, GShard, LLaMA-MoE, Mixtral, DeepSeek-V3 (the recipes in configs/ set them up)."""
+
+    type: Literal["topk"] = "topk"
+    top_k: Positive
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """A token's score of an expert, from the gate's logits: softmax over all experts, or a sigmoid of each (DeepSeek-V3)."""
+    gate: Literal["linear", "mlp", "cosine"] = "linear"
+    """Logits of a token x: W x; V tanh(W x) (LLaMA-MoE); or cosines of x and the experts' rows over `cosine_temperature`."""
+    cosine_temperature: PositiveFloat = 0.3
+    """`gate: cosine` only."""
+    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """In training each component of the router's input is multiplied by a draw from [1 - jitter, 1 + jitter] (Switch: 0.01)."""
+    noise: bool = False
+    """In training logits get normal noise whose size the router learns (noisy top-k, LLaMA-MoE)."""
+    second: Literal["always", "random"] = "always"
+    """`top_k: 2` only: in training the second expert is used with probability min(1, 2 g2), g2 its share of the two scores (GShard: random)."""
+    normalize: bool = True
+    """Divide the k weights by their sum (for softmax the same as a softmax over the k logits); false keeps the scores. With one expert per
+    token it must be false for the router to learn from the model's loss (Switch)."""
+    output_scale: PositiveFloat = 1.0
+    """Every weight is multiplied by it; LLaMA-MoE uses num_experts / top_k, DeepSeek-V3 2.5."""
+    selection_bias: bool = False
+    """`score: sigmoid` only: what chooses is score + bias; after each step a bias rises where the load was below the mean and falls where it
+    was above (DeepSeek-V3)."""
+    bias_rate: NonNegativeFloat = 1e-3
+    """`selection_bias` only: the change of a bias in a step (gamma)."""
+    num_groups: Positive = 1
+    """`score: sigmoid` only: experts lie in so many equal groups (DeepSeek-V3's nodes), of which a token uses `top_groups` at most."""
+    top_groups: Positive = 1
+    """`num_groups` above 1 only: the groups with the largest sums of their top_k / top_groups best scores."""
+    balance_coef: NonNegativeFloat = 0.01
+    """Coefficient of the load-balancing loss E * sum_e f_e P_e (Switch), f the share of the routes, P the mean share of the scores."""
+    balance_over: Literal["micro_batch", "sequence", "global_batch"] = "micro_batch"
+    """The tokens that f counts: of the micro-batch on all ranks, of each sequence, or of all micro-batches of the step so far on all ranks."""
+    balance_count: Literal["all", "first"] = "all"
+    """f counts all k choices of a token, or the first alone (GShard). Choices count whether or not they are dropped."""
+    cv_coef: NonNegativeFloat = 0.0
+    """Coefficient of CV^2(importance) + CV^2(load) over the micro-batch on all ranks (LLaMA-MoE: 0.01)."""
+    capacity_factor: PositiveFloat | None = None
+    """In training an expert takes at most ceil(capacity_factor * top_k * tokens / num_experts) routes of each sequence, the others are dropped;
+    null drops none."""
+    drop: Literal["position", "probability", "random"] = "position"
+    """`capacity_factor` only. What a full expert keeps: first choices before second ones, each by position; the largest scores; or random
+    routes (Z-code's random token selection)."""
+    z_coef: NonNegativeFloat = 0.0
+    """Coefficient of the router z-loss, mean of logsumexp(logits)^2 (ST-MoE)."""
+    init_std: PositiveFloat = 0.02
+
+    TRAINING: ClassVar[frozenset[str]] = RouterOptions.TRAINING | {
+        "balance_coef", "z_coef", "jitter", "second", "bias_rate", "balance_over", "balance_count", "cv_coef", "capacity_factor", "drop",
+    }  # fmt: skip
+
+    def idle(self) -> set[str]:
+        idle = set() if self.gate == "cosine" else {"cosine_temperature"}
+        idle |= set() if self.selection_bias else {"bias_rate"}
+        idle |= set() if self.num_groups > 1 else {"top_groups"}
+        return idle | (set() if self.capacity_factor is not None else {"drop"})
+
+    def problems(self, num_experts: int) -> list[str]:
+        bad, given, groups = [], self.model_fields_set, self.num_groups
+        if self.top_k > num_experts:
+            bad.append(f".top_k ({self.top_k}) is more than num_experts ({num_experts})")
+        if "cosine_temperature" in given and self.gate != "cosine":
+            bad.append(f".cosine_temperature ({self.cosine_temperature}) has an effect only with gate: cosine, not {self.gate}")
+        if self.noise and self.score != "softmax":
+            bad.append(f".noise: noisy top-k is for score: softmax, not {self.score}")
+        if self.second == "random" and self.top_k != 2:
+            bad.append(f".second: random needs top_k: 2, not {self.top_k}")
+        if self.selection_bias and self.score != "sigmoid":
+            bad.append(f".selection_bias needs score: sigmoid, not {self.score}")
+        if "bias_rate" in given and not self.selection_bias:
+            bad.append(f".bias_rate ({self.bias_rate}) has an effect only with selection_bias: true")
+        if groups > 1 and self.score != "sigmoid":
+            bad.append(f".num_groups ({groups}) needs score: sigmoid, not {self.score}")
+        elif num_experts % groups:
+            bad.append(f".num_groups ({groups}) must divide num_experts ({num_experts})")
+        if "top_groups" in given and groups == 1:
+            bad.append(f".top_groups ({self.top_groups}) has an effect only with num_groups above 1")
+        elif self.top_groups > groups:
+            bad.append(f".top_groups ({self.top_groups}) is more than num_groups ({groups})")
+        elif self.top_k <= num_experts and self.top_groups * (num_experts // groups) < self.top_k:
+            reach = self.top_groups * (num_experts // groups)
+            bad.append(f".top_groups ({self.top_groups}) groups have {reach} experts, fewer than top_k ({self.top_k})")
+        if "drop" in given and self.capacity_factor is None:
+            bad.append(f".drop ({self.drop}) has an effect only with capacity_factor")
+        return bad
+
+    def coefficients(self) -> dict[str, float]:
+        return {"balance": self.balance_coef, "z": self.z_coef} | ({"cv": self.cv_coef} if self.cv_coef else {})
+
+    def num_params(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
+        # The noise is for training alone: parameters, but no work of a forward pass.
+        matrices = num_experts * hidden_size + num_experts**2 * (self.gate == "mlp")
+        return matrices, num_experts * (self.selection_bias + hidden_size * self.noise)
+
+    def default_active(self, num_experts: int) -> float:
+        return self.top_k

@@ -1,0 +1,176 @@
+"""Rules between options: what a type alone cannot say."""
+
+from __future__ import annotations
+
+import math
+
+from moetrain.config.base import ConfigError, short
+from moetrain.config.model import ModelConfig, RopeScaling
+from moetrain.config.routers import SigmoidSteRouter, TopKRouter
+from moetrain.config.sections import SPLITS, UPCYCLE_OPTIONS, Config, ParallelConfig, UpcycleConfig
+
+
+def check(config: Config) -> list[str]:
+    """Cross-field rules; returns every broken one as a line that names the fields, their values and what would do."""
+    bad: list[str] = []
+    model, train, parallel, data = config.model, config.train, config.parallel, config.data
+    if parallel.dp_shard == 0:
+        bad.append("parallel.dp_shard: 0 ranks; use -1 for all that are left, or 1 and more")
+    if model is not None:
+        _check_model(model, parallel, bad)
+    if train is not None:
+        if train.global_batch_size % train.micro_batch_size:
+            bad.append(
+                f"train.global_batch_size ({train.global_batch_size}) must be a multiple of train.micro_batch_size ({train.micro_batch_size}) "
+                f"times the number of ranks"
+            )
+        schedule = train.schedule
+        if schedule.warmup_steps > train.steps:
+            bad.append(f"train.schedule.warmup_steps ({schedule.warmup_steps}) is more than train.steps ({train.steps})")
+        if schedule.decay_steps and schedule.type != "wsd":
+            bad.append(f"train.schedule.decay_steps ({schedule.decay_steps}) has an effect only with type: wsd, not {schedule.type}")
+        if schedule.type == "constant" and "min_lr_ratio" in schedule.model_fields_set:
+            bad.append(f"train.schedule.min_lr_ratio ({schedule.min_lr_ratio}) has no effect with type: constant")
+        if schedule.type == "wsd" and not schedule.decay_steps:
+            bad.append("train.schedule.decay_steps: type wsd needs the number of steps of its decay")
+        if schedule.type == "wsd" and schedule.warmup_steps + schedule.decay_steps > train.steps:
+            bad.append(
+                f"train.schedule: warmup_steps ({schedule.warmup_steps}) + decay_steps ({schedule.decay_steps}) "
+                f"is more than train.steps ({train.steps})"
+            )
+        for name in ("router_lr", "expert_lr"):
+            if model is not None and model.moe is None and getattr(train, name) is not None:
+                bad.append(f"train.{name} ({getattr(train, name)}) has an effect only with model.moe: a dense model has neither routers nor experts")
+        if train.eval_every and not data.eval:
+            bad.append(f"train.eval_every ({train.eval_every}) needs at least one set in data.eval")
+    if (data.train or data.eval) and model is not None and data.seq_len > model.max_position_embeddings:
+        bad.append(f"data.seq_len ({data.seq_len}) is more than model.max_position_embeddings ({model.max_position_embeddings})")
+    weights = [s.weight is not None for s in data.train]
+    if any(weights) and not all(weights):
+        bad.append("data.train: give a weight to every source or to none; missing for " + ", ".join(s.name for s in data.train if s.weight is None))
+    if any(weights) and data.temperature is not None:
+        bad.append(f"data.temperature ({data.temperature}) excludes weights in data.train: remove one of the two")
+    for kind, names in (("data.train", [s.name for s in data.train]), ("data.eval", [s.name for s in data.eval])):
+        for name in sorted({n for n in names if names.count(n) > 1}):
+            bad.append(f"{kind}: the name {name!r} is given {names.count(name)} times; metrics are kept apart by name")
+    for ending in (config.prepare.extensions if config.prepare is not None else None) or []:
+        if not ending.startswith("."):
+            bad.append(f"prepare.extensions: {ending!r} would match every name that ends so; write .{ending}")
+    if config.upcycle is not None:
+        _check_upcycle(config.upcycle, bad)
+    return bad
+
+
+def _check_model(model: ModelConfig, parallel: ParallelConfig, bad: list[str]) -> None:
+    if model.head_dim is None and model.hidden_size % model.num_heads:
+        bad.append(f"model.hidden_size ({model.hidden_size}) is no multiple of model.num_heads ({model.num_heads}); set model.head_dim or change one")
+    elif model.head_size % 2:
+        bad.append(f"model.head_dim ({model.head_size}) must be even for rotary embeddings")
+    if model.num_heads % model.kv_heads:
+        bad.append(f"model.num_heads ({model.num_heads}) must be a multiple of model.num_kv_heads ({model.kv_heads})")
+    if "qk_norm_over" in model.model_fields_set and not model.qk_norm:
+        bad.append(f"model.qk_norm_over ({model.qk_norm_over}) has an effect only with qk_norm: true")
+    if model.sliding_layers is not None:
+        if model.sliding_window is None:
+            bad.append("model.sliding_layers has an effect only with model.sliding_window")
+        outside = [i for i in model.sliding_layers if not 0 <= i < model.num_layers]
+        if outside:
+            bad.append(f"model.sliding_layers: {outside} outside 0..{model.num_layers - 1}")
+    scaling = model.rope_scaling
+    if scaling is not None:
+        wanted = {
+            "linear": (),
+            "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+            "yarn": ("original_max_position_embeddings",),
+        }
+        for name in wanted[scaling.type]:
+            if getattr(scaling, name) is None:
+                bad.append(f"model.rope_scaling.{name}: missing; type {scaling.type} needs it")
+        read = {"type", "factor", *wanted[scaling.type], *(("beta_fast", "beta_slow", "attention_factor") if scaling.type == "yarn" else ())}
+        for name in RopeScaling.model_fields:
+            if name not in read and getattr(scaling, name) is not None:
+                bad.append(f"model.rope_scaling.{name} ({getattr(scaling, name)}) has no effect with type: {scaling.type}")
+    if model.moe is None:
+        if parallel.ep > 1:
+            bad.append(f"parallel.ep ({parallel.ep}) needs model.moe: a dense model has no experts to share; use dp_shard")
+        return
+    moe = model.moe
+    if model.mlp_bias:
+        bad.append("model.mlp_bias: experts have no bias; a model with model.moe needs mlp_bias: false")
+    if moe.num_experts % parallel.ep:
+        divisors = [d for d in range(1, moe.num_experts + 1) if moe.num_experts % d == 0]
+        near = min(divisors, key=lambda d: abs(d - parallel.ep))
+        bad.append(f"model.moe.num_experts ({moe.num_experts}) must be a multiple of parallel.ep ({parallel.ep}); nearest: {near}")
+    shard = parallel.dp_shard
+    if shard > 1 and (model.hidden_size % shard or (2 * moe.expert_dim) % shard):
+        bad.append(
+            f"parallel.dp_shard ({shard}) must divide model.hidden_size ({model.hidden_size}) and twice model.moe.expert_dim ({2 * moe.expert_dim})"
+        )
+    bad += [f"model.moe.router{problem}" for problem in moe.router.problems(moe.num_experts)]
+
+
+def _check_upcycle(upcycle: UpcycleConfig, bad: list[str]) -> None:
+    router, method, experts = upcycle.router, upcycle.method, upcycle.num_experts
+    for name in sorted(upcycle.idle() & upcycle.model_fields_set):
+        value, methods = getattr(upcycle, name), UPCYCLE_OPTIONS[name]
+        if method not in methods:
+            if value is not None and value != []:
+                bad.append(f"upcycle.{name} ({short(value)}) has no effect with method: {method}; it is for {', '.join(methods)}")
+        elif name.startswith("merge"):
+            bad.append(f"upcycle.{name} ({value}) has an effect only with merge: ties or dare, not {upcycle.merge}")
+        elif value is not None:
+            bad.append(f"upcycle.{name} ({value}) has no effect with split: {upcycle.split}")
+    if upcycle.split in ("coactivation", "importance") and upcycle.calibration is None and method in SPLITS:
+        bad.append(f"upcycle.calibration: split: {upcycle.split} needs the prefix of a prepared data set")
+    if method in ("btx", "aggregate"):
+        least = 2 if method == "btx" else 1
+        if len(upcycle.models) < least:
+            bad.append(f"upcycle.models: method {method} needs {least} or more Hugging Face folders, found {len(upcycle.models)}")
+        experts = len(upcycle.models)
+    if method == "aggregate" and upcycle.merge in ("ties", "dare"):
+        bad.append(f"upcycle.merge ({upcycle.merge}) needs a common start, which mixtures don't name; use average or base")
+    if method == "virtual_groups" and experts % upcycle.granularity:
+        bad.append(f"upcycle.num_experts ({experts}) must be a multiple of upcycle.granularity ({upcycle.granularity})")
+    if method == "to_dense" or router is None:
+        return
+    want = {"dsmoe": SigmoidSteRouter, "llama_moe": TopKRouter}.get(method)
+    if want is not None and not isinstance(router, want):
+        bad.append(f"upcycle.router.type ({router.type}) does not belong to upcycle.method ({method}); use {want.model_fields['type'].default}")
+    if method != "aggregate":  # which has more experts than its models, and only the mixtures say how many
+        bad += [f"upcycle.router{problem}" for problem in router.problems(experts)]
+    if isinstance(router, TopKRouter) and method == "virtual_groups" and router.top_k % upcycle.granularity:
+        bad.append(f"upcycle.router.top_k ({router.top_k}) must be a multiple of upcycle.granularity ({upcycle.granularity}): whole groups route")
+    if isinstance(router, SigmoidSteRouter) and router.input == "residual" and upcycle.scales_weights:
+        bad.append("upcycle.weight_scaling: with router.input: residual the size of what the gates see is not known; set weight_scaling: false")
+
+
+def check_world(config: Config, world_size: int) -> ParallelConfig:
+    """Fill in dp_shard for so many ranks. Raises ConfigError if the layout or the batch does not fit them."""
+    parallel = config.parallel
+    fixed = parallel.dp_replicate * parallel.ep
+    if parallel.dp_shard == -1:
+        if world_size % fixed:
+            raise ConfigError(
+                f"parallel: dp_replicate ({parallel.dp_replicate}) x ep ({parallel.ep}) = {fixed} does not divide the number of ranks "
+                f"({world_size}); start {math.ceil(world_size / fixed) * fixed} ranks or change one of them"
+            )
+        parallel = parallel.model_copy(update={"dp_shard": world_size // fixed})
+    elif fixed * parallel.dp_shard != world_size:
+        raise ConfigError(
+            f"parallel: dp_replicate ({parallel.dp_replicate}) x dp_shard ({parallel.dp_shard}) x ep ({parallel.ep}) = {fixed * parallel.dp_shard}, "
+            f"but {world_size} ranks were started; start {fixed * parallel.dp_shard}, or set dp_shard: -1"
+        )
+    bad: list[str] = []
+    if config.model is not None:
+        _check_model(config.model, parallel, bad)
+    if config.train is not None:
+        unit = config.train.micro_batch_size * world_size
+        if config.train.global_batch_size % unit:
+            near = max(unit, round(config.train.global_batch_size / unit) * unit)
+            bad.append(
+                f"train.global_batch_size ({config.train.global_batch_size}) must be a multiple of train.micro_batch_size "
+                f"({config.train.micro_batch_size}) x ranks ({world_size}) = {unit}; nearest: {near}"
+            )
+    if bad:
+        raise ConfigError("\n".join(bad))
+    return parallel

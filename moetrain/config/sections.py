@@ -1,0 +1,278 @@
+"""The sections beside the model, and the whole file."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from moetrain.config.base import Fraction, Name, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, Seed
+from moetrain.config.model import ModelConfig
+from moetrain.config.routers import Router, holds_router
+
+# ---------------------------------------------------------------------------------------------------------------------- data
+
+
+class Source(Section):
+    name: Name
+    """Domain or language; metrics and evaluation are kept apart by it."""
+    path: Name
+    """Prefix of a prepared data set: PATH.bin, PATH.idx, PATH.json."""
+    weight: PositiveFloat | None = None
+    """Share of the training samples; null for all sources: by size (see `temperature`)."""
+
+
+class EvalSource(Section):
+    name: Name
+    path: Name
+
+
+class DataConfig(Section):
+    seq_len: Annotated[int, Field(gt=1)] = 1024
+    """Tokens per sample."""
+    train: list[Source] = []
+    eval: list[EvalSource] = []
+    temperature: Fraction | None = None
+    """Share of a source ~ size^temperature: 1 by size (the default), 0 all alike. Excludes weights."""
+    isolate_documents: bool = True
+    """Documents packed into one sample don't see each other and their positions restart at 0."""
+    prefetch: NonNegative = 2
+    """Optimizer steps read ahead by a thread; 0 reads when asked."""
+
+
+class PrepareConfig(Section):
+    inputs: Annotated[list[str], Field(min_length=1)]
+    """Files or folders: text, source code, .jsonl, .jsonl.gz, .jsonl.zst, .parquet."""
+    output: Name
+    """Prefix of the data set to write."""
+    tokenizer: Name = "byte"
+    """`byte`, or a Hugging Face tokenizer.json or the folder that holds it."""
+    text_key: str = "text"
+    extensions: Annotated[list[str] | None, Field(min_length=1)] = None
+    """File endings taken from folders; null: text, code, jsonl, parquet."""
+    exclude: list[str] = []
+    """Glob patterns of paths, relative to their input folder, left out."""
+    workers: Positive = 1
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of documents (by hash) set apart as PREFIX_valid; the rest is then PREFIX_train."""
+    max_documents: Positive | None = None
+    strict: bool = False
+    """End at the first broken line instead of counting it."""
+    seed: Seed = 0
+
+
+# ------------------------------------------------------------------------------------------------------------------ training
+
+
+class ParallelConfig(Section):
+    """Ranks = dp_replicate x dp_shard x ep. Every rank has data of its own. Dense parameters are sharded over dp_shard x ep, experts over
+    ep and, inside, over dp_shard; both are replicated dp_replicate times."""
+
+    dp_replicate: Positive = 1
+    dp_shard: Annotated[int, Field(ge=-1)] = -1
+    """-1: the ranks that are left."""
+    ep: Positive = 1
+    """Ranks that share the experts of a layer between them; divides num_experts."""
+    timeout_seconds: Positive = 600
+    """A collective that takes longer ends the run."""
+
+
+class ScheduleConfig(Section):
+    type: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: NonNegative = 0
+    min_lr_ratio: Fraction = 0.1
+    """Last learning rate as a share of the first."""
+    decay_steps: NonNegative = 0
+    """`wsd` only: steps of linear decay at the end."""
+
+    def idle(self) -> set[str]:
+        return ({"min_lr_ratio"} if self.type == "constant" else set()) | (set() if self.type == "wsd" else {"decay_steps"})
+
+
+class TrainConfig(Section):
+    steps: Positive
+    global_batch_size: Positive
+    """Samples per optimizer step, over all ranks."""
+    micro_batch_size: Positive
+    """Samples per rank and forward pass."""
+    lr: PositiveFloat = 3e-4
+    router_lr: PositiveFloat | None = None
+    """null: lr."""
+    expert_lr: PositiveFloat | None = None
+    """null: lr."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    """Matrices only: norms, biases and routers have none."""
+    grad_clip: PositiveFloat | None = 1.0
+    schedule: ScheduleConfig = ScheduleConfig()
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Of activations and matrix products; parameters, router, norms' statistics and losses stay in float32 (float64 when chosen)."""
+    seed: Seed = 0
+    activation_checkpointing: Literal["none", "block"] = "none"
+    """`block` keeps only each block's input and computes the block again in backward, with the routes of the first time."""
+    max_bad_steps: Positive = 10
+    """So many steps in a row with a non-finite loss or gradient end the run; each is skipped on all ranks."""
+    eval_every: Positive | None = None
+    eval_sequences: Positive | None = 64
+    """Sequences of each evaluation set used during training; null: all."""
+
+
+class CheckpointConfig(Section):
+    every: Positive | None = None
+    """Steps between checkpoints; null: only at the end."""
+    keep_last: Positive = 2
+    keep_every: Positive | None = None
+    """Checkpoints of steps divisible by it are kept for good."""
+    asynchronous: bool = True
+    """Write while training goes on."""
+
+
+class LogConfig(Section):
+    every: Positive = 10
+    """Steps between console lines; the JSONL has every step."""
+    tensorboard: bool = False
+    wandb: bool = False
+    wandb_project: str = "moetrain"
+    wandb_name: str | None = None
+    wandb_mode: Literal["online", "offline"] = "online"
+
+
+# Option of an upcycling -> methods for which it counts.
+SPLITS, _COPIES = ("dsmoe", "llama_moe"), ("copy", "drop", "virtual_groups")
+UPCYCLE_OPTIONS: dict[str, tuple[str, ...]] = {
+    "num_experts": SPLITS + _COPIES,
+    "router": (*SPLITS, *_COPIES, "btx", "aggregate"),
+    "split": SPLITS,
+    "cluster_on": SPLITS,
+    "cluster_metric": SPLITS,
+    "calibration": SPLITS,
+    "calibration_sequences": SPLITS,
+    "calibration_seq_len": SPLITS,
+    "granularity": ("virtual_groups",),
+    "noise": ("copy",),
+    "drop_ratio": ("drop",),
+    "drop_shared": ("drop",),
+    "weight_scaling": ("dsmoe", *_COPIES, "btx"),
+    "models": ("btx", "aggregate"),
+    "merge": ("btx", "aggregate"),
+    "merge_density": ("btx",),
+    "merge_scale": ("btx",),
+    "join": ("to_dense",),
+}
+
+
+@holds_router
+class UpcycleConfig(Section):
+    dense: Name
+    """Dense Hugging Face checkpoint: LLaMA, Mistral, Qwen2 or Qwen3. `btx`: the model that the others grew from. `aggregate`,
+    `to_dense`: a mixture."""
+    output: Name
+    """Folder to write; a Hugging Face checkpoint too."""
+    method: Literal["dsmoe", "llama_moe", "copy", "drop", "virtual_groups", "btx", "aggregate", "to_dense"] = "dsmoe"
+    """`dsmoe`, `llama_moe`: cut each FFN into equal slices, with a sigmoid_ste router, or topk scaled by E / k. `copy`: every expert a copy
+    (sparse upcycling). `drop`: copies with a part drawn anew. `virtual_groups`: copies of slices (granular upcycling). `btx`: the FFNs of several
+    dense models, the rest merged. `aggregate`: the experts of several mixtures side by side. `to_dense`: back from a mixture, where exact."""
+    num_experts: Positive = 8
+    """Not for `btx`, `aggregate` and `to_dense`, where the models say it."""
+    router: Router | None = None
+    """null: the method's own router (`llama_moe`: top 3 of 8, that is 3/8 of the experts; `virtual_groups`: top-k of one group; other copies:
+    top 2; `aggregate`: the mixtures')."""
+    split: Literal["contiguous", "random", "cluster", "coactivation", "importance"] = "contiguous"
+    """`dsmoe`, `llama_moe`: which neurons go together. A seeded permutation, balanced clusters of their weights, of when they fire, or the
+    data on which they matter (the last two need `calibration`)."""
+    cluster_on: Literal["gate", "up"] = "gate"
+    """`split: cluster` only: whose rows describe a neuron."""
+    cluster_metric: Literal["l2", "cosine"] = "l2"
+    """`split: cluster` only."""
+    calibration: Name | None = None
+    """`split: coactivation`, `importance`: prefix of a prepared data set."""
+    calibration_sequences: Positive = 64
+    calibration_seq_len: Annotated[int, Field(gt=1)] = 512
+    granularity: Positive = 2
+    """`virtual_groups` only: G, slices of each copy; divides num_experts, and top_k is a multiple of it."""
+    noise: NonNegativeFloat = 0.0
+    """`copy` only: normal noise on every expert weight, in standard deviations of its matrix."""
+    drop_ratio: Fraction = 0.5
+    """`drop` only: share of each expert's neurons that is drawn anew; 0 is the plain copy."""
+    drop_shared: bool = True
+    """`drop` only: gate, up and down lose the same neurons (the paper), or each its own (the paper's script)."""
+    weight_scaling: bool | None = None
+    """Scale the experts so that the mixture starts as the dense model (docs/upcycling.md). null: on for the copies, `virtual_groups` and `btx`,
+    off for `dsmoe`. Not for `llama_moe`, whose router has output_scale."""
+    models: list[Name] = []
+    """`btx`: the dense models that become experts; `aggregate`: the mixtures beside `dense`."""
+    merge: Literal["average", "base", "ties", "dare"] = "average"
+    """`btx`, `aggregate`: what becomes of all weights but the experts: their mean, those of `dense`, or `dense` and the models' differences from it
+    merged by TIES or DARE (`btx` only)."""
+    merge_density: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """`merge: ties`, `dare`: share of each difference that is kept, by size or at random."""
+    merge_scale: PositiveFloat | None = None
+    """`merge: ties`, `dare`: lambda, factor of the added differences; null: 1 / number of models."""
+    join: Literal["slices", "copies"] = "slices"
+    """`to_dense` only: experts are the slices of one FFN (undoes `dsmoe` and `llama_moe`), or all the same FFN."""
+    receipt: bool = True
+    """Measure how far the result is from `dense` on a sample text; reads both models once more, layer by layer."""
+    seed: Seed = 0
+    max_shard_bytes: Positive = 5_000_000_000
+
+    @property
+    def scales_weights(self) -> bool:
+        """`weight_scaling`, with the method's own choice for null."""
+        if self.method not in UPCYCLE_OPTIONS["weight_scaling"]:
+            return False
+        return self.method != "dsmoe" if self.weight_scaling is None else self.weight_scaling
+
+    def idle(self) -> set[str]:
+        idle = {name for name, methods in UPCYCLE_OPTIONS.items() if self.method not in methods}
+        idle |= set() if self.split == "cluster" else {"cluster_on", "cluster_metric"}
+        idle |= set() if self.split in ("coactivation", "importance") else {"calibration", "calibration_sequences", "calibration_seq_len"}
+        return idle | (set() if self.merge in ("ties", "dare") else {"merge_density", "merge_scale"})
+
+
+class EvalConfig(Section):
+    sequences: Positive | None = None
+    """Per set; null: all."""
+    batch_size: Positive = 8
+    output: Annotated[str | None, Field(min_length=1)] = None
+    """JSON file with the figures that are printed."""
+
+
+class GenerateConfig(Section):
+    prompt: str = ""
+    max_new_tokens: Positive = 64
+    temperature: NonNegativeFloat = 0.0
+    """0: the likeliest token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seed: Seed = 0
+
+
+class ExportConfig(Section):
+    output: Name
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """null: as the parameters are."""
+    max_shard_bytes: Positive = 5_000_000_000
+
+
+@holds_router
+class Config(Section):
+    """The whole file. A command reads the sections it needs and says which is missing."""
+
+    run_dir: Name = "runs/default"
+    """Checkpoints, metrics and the resolved config of a training run; eval, generate and export read from it."""
+    init_from: Annotated[str | None, Field(min_length=1)] = None
+    """Hugging Face folder (dense, upcycled or exported) with the start weights; null: random. Its config is the default of `model`."""
+    resume: bool = True
+    """Go on from the newest whole checkpoint in run_dir; false refuses a run_dir that has one."""
+    model: ModelConfig | None = None
+    data: DataConfig = DataConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig | None = None
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    prepare: PrepareConfig | None = None
+    upcycle: UpcycleConfig | None = None
+    eval: EvalConfig = EvalConfig()
+    generate: GenerateConfig = GenerateConfig()
+    export: ExportConfig | None = None

@@ -1,0 +1,28 @@
+"""Which module is the router of which options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import nn
+
+from moetrain.config import RouterOptions
+
+_M = TypeVar("_M", bound=type[nn.Module])
+
+MODULES: dict[type[RouterOptions], type[nn.Module]] = {}
+
+
+def router_for(options: type[RouterOptions]) -> Callable[[_M], _M]:
+    """Decorator: this module is the router of these options.
+
+    It is made with (ModelConfig, layer: int) and called with (x: (T, D), context: TokenContext) for a `moetrain.moe.routing.Routing`. A method
+    `after_step(load, sums)`, where it has one, yields (name of a parameter without gradient, what to add to it) after each optimizer step.
+    """
+
+    def tie(module: _M) -> _M:
+        MODULES[options] = module
+        return module
+
+    return tie
