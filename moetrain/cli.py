@@ -5,6 +5,7 @@ Exit status: 0; 1 for a run that failed; 2 for wrong input, with a line that say
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import warnings
@@ -121,12 +122,35 @@ def _main(words: list[str]) -> int:
         _only(words, "--json")
         return doctor.main(as_json="--json" in words)
     if command == "config" and "--schema" in words:
-        _only(words, "--schema")
+        _only(_import_files(words), "--schema")
         print(schema.schema())
         return 0
-    config = _read(command, words)
+    config = _read(command, _import_files(words))
     _RUN[command](config)
     return 0
+
+
+def _import_files(words: list[str]) -> list[str]:
+    """Run the Python files given with --import, which define routers of the user's own (docs/routers.md); returns the other arguments.
+
+    Only the command line can name them: a config or a checkpoint from a stranger executes nothing.
+    """
+    rest, words = [], list(words)
+    while words:
+        word = words.pop(0)
+        if word != "--import" and not word.startswith("--import="):
+            rest.append(word)
+            continue
+        path = Path(word.partition("=")[2] if "=" in word else words.pop(0) if words else "")
+        if not path.is_file():
+            raise ConfigError(f"--import: {str(path)!r} is no file; name a Python file that defines a router")
+        spec = importlib.util.spec_from_file_location(f"moetrain_import_{path.stem}", path)
+        if spec is None or spec.loader is None:
+            raise ConfigError(f"--import: {path} is no Python file (*.py)")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module.__name__] = module  # annotations are looked up by the module's name
+        spec.loader.exec_module(module)
+    return rest
 
 
 def _only(words: list[str], known: str) -> None:
@@ -183,6 +207,7 @@ def _help(command: str) -> str:
         return "\n".join([*lines, "  --json    print facts as JSON"])
     lines += [
         "  --config FILE    YAML with any of the options below",
+        "  --import FILE    Python file to run first, which defines a router of your own (docs/routers.md); may be given several times",
         *(["  --schema         print the JSON schema of the file, for editors"] if command == "config" else []),
     ]
     top = [] if command in ("prepare", "upcycle") else ["run_dir", "init_from"]

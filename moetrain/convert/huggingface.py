@@ -626,9 +626,15 @@ def write_model(
     router's output_scale is multiplied into the experts' down projections, since no stock architecture has it; the weights of its noise,
     which only training has, are left out and are 0 when the folder is read. tokenizer: written beside,
     its special tokens named in config.json. source: a Hugging Face folder whose tokenizer files and special tokens are taken over instead.
-    The folder appears under its name only when it is whole. ValueError if it exists and is not empty.
+    The folder appears under its name only when it is whole. ValueError if it exists and is not empty, or for a router that only
+    `--import` made known.
     """
     folder = check_output(folder)
+    if config.moe is not None and not type(config.moe.router).__module__.startswith("moetrain."):
+        raise ValueError(
+            f"router {config.moe.router.type} is not moetrain's own: the exported model's code does not know it; "
+            f"add it to moetrain/convert/hf/modeling_moetrain.py and its options to moetrain/config/routers.py"
+        )
     config, scale = fold_output_scale(config)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
