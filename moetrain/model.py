@@ -140,7 +140,7 @@ class Transformer(nn.Module):
         x = x if dtype is None else x.to(dtype)
         cos, sin = rope_tables(self.rope_frequencies.to(x.device), self.rope_scale, positions, x.dtype)
         layout = Layout(cos, sin, "sdpa") if cache is not None else make_layout(cos, sin, document_ids, self.windows, x.dtype)
-        context = TokenContext() if context is None else context
+        context = TokenContext(sequence=S) if context is None else context
         context = dataclasses.replace(context, tokens=tokens.flatten())
         reports = []
         for layer in self.layers:
@@ -230,12 +230,12 @@ def initial_tensor(name: str, shape: Sequence[int], config: ModelConfig, seed: i
     """Start value, float32 on the CPU, of the parameter of this global name and global shape.
 
     A function of name, shape, config and seed alone, so every layout of ranks starts from the same weights. Norms are 1, biases 0 (the
-    router's: `bias_init`), the weights of a router's noise 0, matrices normal; what writes into the residual stream is divided by
-    sqrt(2 * num_layers) (GPT-2).
+    router's: `bias_init`), the weights of a router's noise and its own statistics 0, matrices normal; what writes into the residual stream is
+    divided by sqrt(2 * num_layers) (GPT-2).
     """
     if name.endswith("norm.weight"):
         return torch.ones(*shape, device="cpu")
-    if name.endswith(("router.selection_bias", "router.noise")):
+    if name.endswith(("router.selection_bias", "router.noise", "router.cut")):
         return torch.zeros(*shape, device="cpu")
     if name.endswith(".bias"):
         value = getattr(config.moe.router, "bias_init", 0.0) if config.moe is not None and name.endswith("router.bias") else 0.0

@@ -652,6 +652,7 @@ MODELS = {
     "sigmoid_bias": moe(_ALL_OPEN, qkv_bias=True, num_kv_heads=1, tie_embeddings=True),
     "topk": moe({"type": "topk", "top_k": 8}, qk_norm=True),
     "topk_mlp_noise": moe({"type": "topk", "top_k": 8, "gate": "mlp", "noise": True}),
+    "budget": moe({"type": "budget", "target_active": 8.0}),
     "topk_bias": moe({"type": "topk", "top_k": 8, "score": "sigmoid", "selection_bias": True}),
 }
 
@@ -670,7 +671,7 @@ def test_num_params(name: str) -> None:
         assert config.num_active_params(active) == sum(built.values()) - experts * (1 - active / 8)
 
 
-@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk", "topk_mlp_noise", "topk_bias"])
+@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk", "budget", "topk_mlp_noise", "topk_bias"])
 @pytest.mark.parametrize("length", [8, 64])
 def test_flops_per_token(name: str, length: int) -> None:
     """Against torch's count of a forward pass in which every expert is active, number for number.

@@ -158,6 +158,44 @@ class SigmoidSteRouter(BudgetOptions):
         return num_experts * hidden_size, num_experts if self.bias else 0
 
 
+class BudgetRouter(RouterOptions):
+    """Ours: a threshold on the probabilities that holds a mean number of experts per token exactly (docs/recipe.md)."""
+
+    type: Literal["budget"] = "budget"
+    target_active: PositiveFloat = 3.0
+    """Mean routes per token, held in each sequence of training."""
+    rank_by: Literal["probability", "logit"] = "probability"
+    """What is compared between a sequence's (token, expert) pairs: the softmax over all experts, or the logits before it."""
+    normalize: bool = False
+    """Divide a token's weights by their sum; false keeps the probabilities."""
+    output_scale: PositiveFloat = 1.0
+    """Every weight is multiplied by it. `moetrain upcycle` sets num_experts for slices, num_experts / target_active with `normalize`."""
+    cut_rate: Annotated[float, Field(gt=0, le=1)] = 0.02
+    """How fast the cut that evaluation uses follows that of training; 1 / cut_rate steps."""
+    balance_coef: NonNegativeFloat = 0.0
+    """Coefficient of the load-balancing loss E * sum_e f_e P_e (Switch)."""
+    z_coef: NonNegativeFloat = 0.0
+    """Coefficient of the router z-loss, mean of logsumexp(logits)^2 (ST-MoE)."""
+    init_std: PositiveFloat = 0.02
+
+    TRAINING: ClassVar[frozenset[str]] = RouterOptions.TRAINING | {"cut_rate", "balance_coef", "z_coef"}
+
+    def problems(self, num_experts: int) -> list[str]:
+        bad = []
+        if self.target_active > num_experts:
+            bad.append(f".target_active ({self.target_active}) is more than num_experts ({num_experts})")
+        return bad
+
+    def coefficients(self) -> dict[str, float]:
+        return {"balance": self.balance_coef, "z": self.z_coef}
+
+    def num_params(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
+        return num_experts * hidden_size, 2
+
+    def default_active(self, num_experts: int) -> float:
+        return self.target_active
+
+
 class TopKRouter(RouterOptions):
     """The k experts of the largest scores route: Switch, GShard, LLaMA-MoE, Mixtral, DeepSeek-V3 (the recipes in configs/ set them up)."""
 

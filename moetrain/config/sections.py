@@ -140,7 +140,7 @@ class LogConfig(Section):
 
 
 # Option of an upcycling -> methods for which it counts.
-SPLITS, _COPIES = ("dsmoe", "llama_moe"), ("copy", "drop", "virtual_groups")
+SPLITS, _COPIES = ("slices", "dsmoe", "llama_moe"), ("copy", "drop", "virtual_groups")
 UPCYCLE_OPTIONS: dict[str, tuple[str, ...]] = {
     "num_experts": SPLITS + _COPIES,
     "router": (*SPLITS, *_COPIES, "btx", "aggregate"),
@@ -170,17 +170,18 @@ class UpcycleConfig(Section):
     `to_dense`: a mixture."""
     output: Name
     """Folder to write; a Hugging Face checkpoint too."""
-    method: Literal["dsmoe", "llama_moe", "copy", "drop", "virtual_groups", "btx", "aggregate", "to_dense"] = "dsmoe"
-    """`dsmoe`, `llama_moe`: cut each FFN into equal slices, with a sigmoid_ste router, or topk scaled by E / k. `copy`: every expert a copy
-    (sparse upcycling). `drop`: copies with a part drawn anew. `virtual_groups`: copies of slices (granular upcycling). `btx`: the FFNs of several
-    dense models, the rest merged. `aggregate`: the experts of several mixtures side by side. `to_dense`: back from a mixture, where exact."""
+    method: Literal["slices", "dsmoe", "llama_moe", "copy", "drop", "virtual_groups", "btx", "aggregate", "to_dense"] = "dsmoe"
+    """`slices`: cut each FFN into equal slices, with any router. `dsmoe`, `llama_moe`: likewise, with a sigmoid_ste router, or topk scaled by E / k.
+    `copy`: every expert a copy (sparse upcycling). `drop`: copies with a part drawn anew. `virtual_groups`: copies of slices (granular upcycling).
+    `btx`: the FFNs of several dense models, the rest merged. `aggregate`: the experts of several mixtures side by side. `to_dense`: back from a
+    mixture, where exact."""
     num_experts: Positive = 8
     """Not for `btx`, `aggregate` and `to_dense`, where the models say it."""
     router: Router | None = None
     """null: the method's own router (`llama_moe`: top 3 of 8, that is 3/8 of the experts; `virtual_groups`: top-k of one group; other copies:
     top 2; `aggregate`: the mixtures')."""
     split: Literal["contiguous", "random", "cluster", "coactivation", "importance"] = "contiguous"
-    """`dsmoe`, `llama_moe`: which neurons go together. A seeded permutation, balanced clusters of their weights, of when they fire, or the
+    """`slices`, `dsmoe`, `llama_moe`: which neurons go together. A seeded permutation, balanced clusters of their weights, of when they fire, or the
     data on which they matter (the last two need `calibration`)."""
     cluster_on: Literal["gate", "up"] = "gate"
     """`split: cluster` only: whose rows describe a neuron."""
@@ -211,7 +212,7 @@ class UpcycleConfig(Section):
     merge_scale: PositiveFloat | None = None
     """`merge: ties`, `dare`: lambda, factor of the added differences; null: 1 / number of models."""
     join: Literal["slices", "copies"] = "slices"
-    """`to_dense` only: experts are the slices of one FFN (undoes `dsmoe` and `llama_moe`), or all the same FFN."""
+    """`to_dense` only: experts are the slices of one FFN (undoes `slices`, `dsmoe` and `llama_moe`), or all the same FFN."""
     receipt: bool = True
     """Measure how far the result is from `dense` on a sample text; reads both models once more, layer by layer."""
     seed: Seed = 0

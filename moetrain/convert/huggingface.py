@@ -148,7 +148,7 @@ def config_differences(full: ModelConfig, stock: ModelConfig) -> Iterator[tuple[
             return
         # What a stock architecture has no words for is at its default there, and must be here.
         names = ("top_k", "score", "gate", "normalize", "output_scale", "selection_bias", "num_groups")
-        names += ("threshold", "zero_routes", "rescale", "rescale_in_eval", "bias", "input")
+        names += ("threshold", "zero_routes", "rescale", "rescale_in_eval", "bias", "input", "target_active")
         for name in names:
             a, b = getattr(full.moe.router, name, None), getattr(stock.moe.router, name, None)
             if a != b:
@@ -689,7 +689,7 @@ def _write_weights(
         if scale != 1.0 and name.endswith("experts.down"):
             tensor = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * scale).to(tensor.dtype)
         wanted = dtype or tensor.dtype
-        if name.endswith("router.selection_bias"):
+        if name.endswith(("router.selection_bias", "router.cut")):
             wanted = torch.promote_types(wanted, torch.float32)  # a step of 0.001 is lost in bfloat16
         tensor = tensor.to("cpu", wanted).contiguous()
         if stored_dtype is None and name == "embed.weight":

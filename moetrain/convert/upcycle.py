@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moetrain.config import ModelConfig, MoEConfig, Router, SigmoidSteRouter, TopKRouter, UpcycleConfig
+from moetrain.config.sections import SPLITS
 from moetrain.convert.calibrate import calibrated_partitions
 from moetrain.convert.collapse import collapse, dense_config
 from moetrain.convert.copy import copy_ffn, drop_ffn, group_rows, scale_experts, step_0_factor, virtual_groups
@@ -66,7 +67,7 @@ def target_config(source: ModelConfig, upcycle: UpcycleConfig) -> ModelConfig:
             f"upcycle.dense ({upcycle.dense}) has mlp_bias: true; experts have no bias, and a bias can't be cut into slices that add up"
         )
     num_experts = len(upcycle.models) if upcycle.method == "btx" else upcycle.num_experts
-    pieces = {"dsmoe": num_experts, "llama_moe": num_experts, "virtual_groups": upcycle.granularity}.get(upcycle.method, 1)
+    pieces = num_experts if upcycle.method in SPLITS else upcycle.granularity if upcycle.method == "virtual_groups" else 1
     try:
         expert_dim = check_split(source.intermediate_size, pieces)
     except ValueError as error:

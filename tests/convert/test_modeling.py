@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as hf
 
-from moetrain.config import GenerateConfig, ModelConfig, MoEConfig, RopeScaling, SigmoidSteRouter, TopKRouter
+from moetrain.config import BudgetRouter, GenerateConfig, ModelConfig, MoEConfig, RopeScaling, SigmoidSteRouter, TopKRouter
 from moetrain.convert.huggingface import read_config, read_tensors, write_model
 from moetrain.generate import generate
 from moetrain.model import Transformer, init_weights
@@ -31,6 +31,8 @@ MODELS = {
     "sigmoid_plain": dict(router=TopKRouter(top_k=3, score="sigmoid", normalize=False), qk_norm=True),
     "mlp_noise": dict(router=TopKRouter(top_k=2, gate="mlp", noise=True, cv_coef=0.01, capacity_factor=1.0)),
     "cosine": dict(router=TopKRouter(top_k=2, gate="cosine", cosine_temperature=0.1, second="random")),
+    "budget": dict(router=BudgetRouter(target_active=2.3, output_scale=1.7)),
+    "budget_normalized": dict(router=BudgetRouter(target_active=2.3, output_scale=1.7, normalize=True, rank_by="logit")),
     "topk_odd_bias": dict(router=TopKRouter(top_k=2), o_bias=True),
     "qk_norm_tied_yarn": dict(router=SigmoidSteRouter(), qk_norm=True, tie_embeddings=True, rope_scaling=YARN),
     "biases_llama3": dict(router=SigmoidSteRouter(), qkv_bias=True, o_bias=True, rope_scaling=LLAMA3),
@@ -55,6 +57,9 @@ def make(name, folder, dtype=torch.float64):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator, dtype=dtype) * 0.25)
+        for block in model.layers:
+            if router is not None and router.type == "budget":
+                block.ffn.router.cut.copy_(torch.tensor([0.12, 0.5]))  # a cut of 0.24
     write_model(folder, config, model.named_parameters())
     return model, hf.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
 

@@ -1,7 +1,8 @@
 """Inference of models trained with moetrain that no stock architecture of transformers computes; needs torch and transformers alone.
 
 Routers are sigmoid_ste (independent gates, those above a threshold route: a token has any number of experts, none included) and topk (by
-softmax or sigmoid scores of a linear, two-layer or cosine gate, with a bias that only chooses, and groups of experts).
+softmax or sigmoid scores of a linear, two-layer or cosine gate, with a bias that only chooses, and groups of experts) and budget (probabilities
+above a cut route).
 Attention has grouped heads, biases, q/k norms, sliding windows and rotary positions with linear, llama3 or yarn scaling. The key `moetrain`
 of config.json holds every option.
 
@@ -177,6 +178,7 @@ class Gate(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_experts)) if options.get("bias") else None
         self.output = nn.Parameter(torch.empty(num_experts, num_experts)) if self.kind == "mlp" else None
         self.selection_bias = nn.Parameter(torch.empty(num_experts)) if options.get("selection_bias") else None
+        self.cut = nn.Parameter(torch.empty(2)) if options["type"] == "budget" else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (T, D). Returns (T, E), float32 or float64."""
@@ -195,15 +197,16 @@ class MoE(nn.Module):
         super().__init__()
         D, moe = config["hidden_size"], config["moe"]
         self.options = moe["router"]
-        if self.options["type"] not in ("sigmoid_ste", "topk"):
-            raise ValueError(f"moe.router.type is {self.options['type']!r}; supported: sigmoid_ste, topk")
+        known = ("sigmoid_ste", "topk", "budget")
+        if self.options["type"] not in known:
+            raise ValueError(f"moe.router.type is {self.options['type']!r}; supported: {', '.join(known)}")
         self.gate = Gate(D, moe["num_experts"], self.options)
         self.experts = nn.ModuleList(FeedForward(D, moe["expert_dim"]) for _ in range(moe["num_experts"]))
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """x: (B, S, D), normed. residual: the stream before the norm. Returns (B, S, D)."""
         shape, x = x.shape, x.flatten(0, 1)
-        weights, active = self.route(residual.flatten(0, 1) if self.options.get("input") == "residual" else x)
+        weights, active = self.route(residual.flatten(0, 1) if self.options.get("input") == "residual" else x, shape[0])
         # The outputs of a token's experts are added in float32, as in training.
         y = torch.zeros(x.shape, dtype=_wide(x), device=x.device)
         for e in active.any(0).nonzero().flatten().tolist():
@@ -211,8 +214,8 @@ class MoE(nn.Module):
             y.index_add_(0, tokens, self.experts[e](x[tokens]).to(y.dtype) * weights[tokens, e, None].to(y.dtype))
         return y.to(x.dtype).view(shape)
 
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: (T, D). Returns weights (T, E), 0 where there is no route, and the routes (T, E) bool."""
+    def route(self, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """x: (T, D), of so many rows of the batch. Returns weights (T, E), 0 where there is no route, and the routes (T, E) bool."""
         options, dtype = self.options, _wide(x)
         logits = self.gate(x)
         if options["type"] == "topk":
@@ -226,6 +229,21 @@ class MoE(nn.Module):
             chosen = ranking.sort(dim=-1, descending=True, stable=True).indices[:, : options["top_k"]]
             active = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, chosen, True)
             weights = scores * active
+            if options["normalize"]:
+                weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+            return weights * options["output_scale"], active
+        if options["type"] == "budget":
+            total, weight = self.gate.cut.double().unbind()
+            weights = logits.softmax(-1)
+            ranking = weights if options["rank_by"] == "probability" else logits
+            if weight > 0:
+                active = ranking > (total / weight).to(dtype)
+            else:  # never trained: the best of each row, as many as the budget says
+                flat = ranking.view(rows, -1)
+                budget = int(flat.shape[1] * min(1.0, options["target_active"] / logits.shape[-1]) + 0.5)
+                best = flat.sort(dim=-1, descending=True, stable=True).indices[:, :budget]
+                active = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, best, True).view_as(logits)
+            weights = weights * active
             if options["normalize"]:
                 weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
             return weights * options["output_scale"], active
@@ -278,7 +296,7 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _no_split_modules = ["Layer"]
-    _keep_in_fp32_modules_strict = ["selection_bias"]
+    _keep_in_fp32_modules_strict = ["selection_bias", "cut"]
     _supports_sdpa = True
     # transformers 5 wants to know what is tied to what, 4 the names alone.
     _tied_weights_keys = (

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moetrain.config import RouterOptions
 
@@ -26,3 +28,8 @@ def router_for(options: type[RouterOptions]) -> Callable[[_M], _M]:
         return module
 
     return tie
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """The value of a parameter, sharded or not, float64 on the CPU, for `after_step`. Collective over its mesh."""
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().to("cpu", torch.float64)
