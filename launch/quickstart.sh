@@ -29,7 +29,7 @@ if [ ! -e $out/dense_hf ]; then
 fi
 if [ ! -e $out/dsmoe ]; then
     say "cut it into 8 experts per layer"
-    moetrain upcycle --upcycle.dense $out/dense_hf --upcycle.output $out/dsmoe --upcycle.num_experts 8
+    moetrain upcycle --upcycle.dense $out/dense_hf --upcycle.output $out/dsmoe --upcycle.num_experts 8 --upcycle.method dsmoe
 fi
 
 say "train the DSMoE, two expert-parallel processes, $dtype"

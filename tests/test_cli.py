@@ -82,7 +82,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     assert "runs/dense/checkpoints/step-00000006 -> dense (llama)" in moetrain(place, "export", "--run_dir", "runs/dense", "--export.output", "dense")
 
-    said = moetrain(place, "upcycle", "--upcycle.dense", "dense", "--upcycle.output", "upcycled", "--upcycle.num_experts", "4")
+    method = ["--upcycle.num_experts", "4", "--upcycle.method", "dsmoe"]
+    said = moetrain(place, "upcycle", "--upcycle.dense", "dense", "--upcycle.output", "upcycled", *method)
     assert "upcycled (moetrain)" in said and "4 of 4 experts" in said and "(100.0%)" in said
 
     said = moetrain(place, "train", "--config", "moe.yaml")

@@ -166,10 +166,10 @@ class BudgetRouter(RouterOptions):
     """Mean routes per token, held in each sequence of training."""
     rank_by: Literal["probability", "logit"] = "probability"
     """What is compared between a sequence's (token, expert) pairs: the softmax over all experts, or the logits before it."""
-    normalize: bool = False
-    """Divide a token's weights by their sum; false keeps the probabilities."""
+    normalize: bool = True
+    """Divide a token's weights by their sum, so that they add up to `output_scale`; false keeps the probabilities."""
     output_scale: PositiveFloat = 1.0
-    """Every weight is multiplied by it. `moetrain upcycle` sets num_experts for slices, num_experts / target_active with `normalize`."""
+    """Every weight is multiplied by it. `moetrain upcycle` sets num_experts / target_active for slices, num_experts with `normalize: false`."""
     cut_rate: Annotated[float, Field(gt=0, le=1)] = 0.02
     """How fast the cut that evaluation uses follows that of training; 1 / cut_rate steps."""
     balance_coef: NonNegativeFloat = 0.0

@@ -170,16 +170,16 @@ class UpcycleConfig(Section):
     `to_dense`: a mixture."""
     output: Name
     """Folder to write; a Hugging Face checkpoint too."""
-    method: Literal["slices", "dsmoe", "llama_moe", "copy", "drop", "virtual_groups", "btx", "aggregate", "to_dense"] = "dsmoe"
-    """`slices`: cut each FFN into equal slices, with any router. `dsmoe`, `llama_moe`: likewise, with a sigmoid_ste router, or topk scaled by E / k.
+    method: Literal["slices", "dsmoe", "llama_moe", "copy", "drop", "virtual_groups", "btx", "aggregate", "to_dense"] = "slices"
+    """`slices`: cut each FFN into equal slices, with any router. `dsmoe`: the same with sigmoid_ste; `llama_moe`: with topk, scaled by E / k.
     `copy`: every expert a copy (sparse upcycling). `drop`: copies with a part drawn anew. `virtual_groups`: copies of slices (granular upcycling).
     `btx`: the FFNs of several dense models, the rest merged. `aggregate`: the experts of several mixtures side by side. `to_dense`: back from a
     mixture, where exact."""
     num_experts: Positive = 8
     """Not for `btx`, `aggregate` and `to_dense`, where the models say it."""
     router: Router | None = None
-    """null: the method's own router (`llama_moe`: top 3 of 8, that is 3/8 of the experts; `virtual_groups`: top-k of one group; other copies:
-    top 2; `aggregate`: the mixtures')."""
+    """null: the method's own router (`slices`: budget, 3/8 of the experts in the mean; `llama_moe`: top-k of as many; `virtual_groups`: top-k of one
+    group; other copies: top 2; `aggregate`: the mixtures')."""
     split: Literal["contiguous", "random", "cluster", "coactivation", "importance"] = "contiguous"
     """`slices`, `dsmoe`, `llama_moe`: which neurons go together. A seeded permutation, balanced clusters of their weights, of when they fire, or the
     data on which they matter (the last two need `calibration`)."""

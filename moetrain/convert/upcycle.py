@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moetrain.config import ModelConfig, MoEConfig, Router, SigmoidSteRouter, TopKRouter, UpcycleConfig
+from moetrain.config import BudgetRouter, ModelConfig, MoEConfig, Router, SigmoidSteRouter, TopKRouter, UpcycleConfig
 from moetrain.config.sections import SPLITS
 from moetrain.convert.calibrate import calibrated_partitions
 from moetrain.convert.collapse import collapse, dense_config
@@ -39,8 +39,9 @@ class UpcycleReport:
     dense_parameters: int
     """Of `upcycle.dense`, whatever it is."""
     parameters: int
-    activated: dict[int, int]
-    """Mean active experts per token -> parameters that such a token uses, for 1 to all experts (top-k: k); empty for a dense result."""
+    activated: dict[float, int]
+    """Mean active experts per token -> parameters that such a token uses, for 1 to all experts, or for the number that the router
+    holds; empty for a dense result."""
     files: list[str]
     receipt: Receipt | None
 
@@ -50,7 +51,7 @@ class UpcycleReport:
         if self.config.moe is not None:
             for active, parameters in self.activated.items():
                 share = parameters / self.parameters
-                lines.append(f"  {active} of {self.config.moe.num_experts} experts: {parameters:,} activated ({share:.1%})")
+                lines.append(f"  {active:g} of {self.config.moe.num_experts} experts: {parameters:,} activated ({share:.1%})")
         return lines + ([] if self.receipt is None else self.receipt.lines())
 
 
@@ -81,13 +82,19 @@ def _router(upcycle: UpcycleConfig, num_experts: int) -> Router:
     router, method = upcycle.router, upcycle.method
     if method == "dsmoe":
         return SigmoidSteRouter() if router is None else router
+    # 3/8 of the experts, top 3 of 8, as many as DSMoE's comparison gives LLaMA-MoE (its Table 1).
     if method == "llama_moe":
-        # 3/8 of the experts, top 3 of 8, as many as DSMoE's comparison gives LLaMA-MoE (its Table 1).
         router = TopKRouter(top_k=max(1, round(3 / 8 * num_experts))) if router is None else router
         assert isinstance(router, TopKRouter), "config.check refuses this"
         if "output_scale" not in router.model_fields_set:
             # k of E slices sum to about k/E of the dense output, and normalised weights divide by k again (LLaMA-MoE's score_scale_factor).
             router = router.model_copy(update={"output_scale": num_experts / router.top_k})
+        return router
+    if method == "slices":
+        router = BudgetRouter(target_active=3 / 8 * num_experts) if router is None else router
+        if isinstance(router, BudgetRouter) and "output_scale" not in router.model_fields_set:
+            # As LLaMA-MoE: weights add up to E / k; or, kept as they are, each slice weighs 1 where the softmax is uniform.
+            router = router.model_copy(update={"output_scale": num_experts / (router.target_active if router.normalize else 1)})
         return router
     if router is not None:
         return router
@@ -130,10 +137,11 @@ def upcycle(config: UpcycleConfig, progress: Progress | None = None) -> UpcycleR
         record = {"method": config.method, **receipt.to_dict()}
         path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         files = sorted([*files, path])
-    activated: list[int] = []
+    activated: list[float] = []
     if target.moe is not None:
-        router = target.moe.router
-        activated = [router.top_k] if isinstance(router, TopKRouter) else list(range(1, target.moe.num_experts + 1))
+        experts = target.moe.num_experts
+        known = target.moe.router.default_active(experts)
+        activated = [known] if known < experts or isinstance(target.moe.router, TopKRouter) else list(range(1, experts + 1))
     return UpcycleReport(
         output=Path(config.output),
         config=target,

@@ -82,7 +82,7 @@ def test_sample(tmp_path):
 
 def test_skipped(tmp_path):
     _saved(tmp_path / "dense")
-    report = upcycle(UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "moe"), receipt=False))
+    report = upcycle(UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "moe"), method="dsmoe", receipt=False))
     assert report.receipt is None and not (tmp_path / "moe" / "receipt.json").exists() and "receipt.json" not in report.files
 
 

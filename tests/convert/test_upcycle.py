@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers as hf
 
-from moetrain.config import SigmoidSteRouter, TopKRouter, UpcycleConfig
+from moetrain.config import BudgetRouter, SigmoidSteRouter, TopKRouter, UpcycleConfig
 from moetrain.convert.huggingface import parameter_shapes, read_config, read_tensors
 from moetrain.convert.upcycle import upcycle
 from moetrain.model import Transformer, initial_tensor
@@ -54,7 +54,7 @@ def test_defaults_and_report(tmp_path):
     raw = json.loads((tmp_path / "dense" / "config.json").read_text())
     (tmp_path / "dense" / "config.json").write_text(json.dumps({**raw, "eos_token_id": [3, 4], "bos_token_id": 5}))
     steps = []
-    config = UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "moe"), seed=7)
+    config = UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "moe"), method="dsmoe", seed=7)
     report = upcycle(config, progress=lambda done, total: steps.append((done, total)))
     dense = read_config(tmp_path / "dense")
     assert steps == [(i + 1, len(parameter_shapes(dense))) for i in range(len(steps))] and len(steps) == len(parameter_shapes(dense))
@@ -88,6 +88,26 @@ def test_llama_moe_defaults(tmp_path):
         assert (router.top_k, router.output_scale) == (k, experts / k) and list(report.activated) == [k]
     given = UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "c"), method="llama_moe", router=TopKRouter(top_k=2))
     assert upcycle(given).config.moe.router.output_scale == 4.0
+
+
+def test_slices_by_default_with_a_budget_and_with_any_router(tmp_path):
+    save_stock("llama", tmp_path / "dense")
+    dense = str(tmp_path / "dense")
+    report = upcycle(UpcycleConfig(dense=dense, output=str(tmp_path / "own"), receipt=False))
+    assert report.config.moe.router == BudgetRouter(target_active=3.0, output_scale=8 / 3) and list(report.activated) == [3.0]
+    router = BudgetRouter(target_active=2.0, normalize=False)
+    report = upcycle(UpcycleConfig(dense=dense, output=str(tmp_path / "sum"), router=router, receipt=False))
+    assert report.config.moe.router.output_scale == 8.0
+    report = upcycle(UpcycleConfig(dense=dense, output=str(tmp_path / "topk"), router=TopKRouter(top_k=2, output_scale=3.0), receipt=False))
+    assert report.config.moe.router == TopKRouter(top_k=2, output_scale=3.0)
+
+
+def test_a_budget_of_all_slices_starts_as_the_dense_model(tmp_path):
+    """With a router of about zero every slice weighs 1."""
+    stock = save_stock("llama", tmp_path / "dense")
+    router = BudgetRouter(target_active=8.0, init_std=1e-13)
+    upcycle(UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "moe"), router=router, receipt=False))
+    assert (logits(load_ours(tmp_path / "moe"), random_tokens()) - logits(stock, random_tokens())).abs().max() <= 1e-5
 
 
 def test_refusals_write_nothing(tmp_path):

@@ -21,8 +21,7 @@ from moetrain.moe.routing import Decision, Routing, TokenContext, group_sum, rec
 @router_for(BudgetRouter)
 class Budget(nn.Module):
     """p = softmax(x W^T) (T, E). In training the round(k S) largest p of a sequence of S tokens route, k = `target_active`: a token whose
-    probability lies on few experts has few. Weights are p times `output_scale` (num_experts for slices: 1 where p is uniform), or p divided by
-    its sum over the token's routes.
+    probability lies on few experts has few. Weights are p divided by its sum over the token's routes (or p itself) times `output_scale`.
 
     In evaluation a token must not wait for the rest of its sequence: what routes is p > c, with c the mean over past training steps of the
     cut, halfway between the last p that routed and the first that did not. It is a parameter without gradient, (2,): the decayed sum of
