@@ -34,7 +34,8 @@ def evaluate(
     device: torch.device,
     group: dist.ProcessGroup | None,
 ) -> dict[str, dict[str, Any]]:
-    """By set: loss (nats per predicted token), perplexity, tokens; of a mixture, active (mean experts per token) and active_by_layer.
+    """By set: loss (nats per predicted token), perplexity, tokens; of a mixture, active (mean experts per token) and active_by_layer (of each
+    MoE layer).
 
     batch_size: sequences per rank and forward pass. Collective over `group`; every rank gets the same answer. The model is left in evaluation
     mode.
@@ -102,6 +103,7 @@ def run(config: Config) -> None:
         answer = {"model": trained.source, "sets": results, "tokens_per_s": sum(r["tokens"] for r in results.values()) / seconds}
         if trained.config.moe is not None:
             answer["num_experts"] = trained.config.moe.num_experts
+            answer["moe_layers"] = trained.config.moe_layers
         _show(answer)
         if config.eval.output is not None:
             Path(config.eval.output).write_text(json.dumps(answer, indent=2) + "\n", encoding="utf-8")
@@ -122,5 +124,6 @@ def _show(answer: dict[str, Any]) -> None:
     console.print(table)
     for name, r in answer["sets"].items():
         if "active_by_layer" in r:
-            console.print(f"{name}: experts per token by layer: " + " ".join(f"{a:.2f}" for a in r["active_by_layer"]))
+            by_layer = " ".join(f"{i}: {a:.2f}" for i, a in zip(answer["moe_layers"], r["active_by_layer"]))
+            console.print(f"{name}: experts per token by layer, {by_layer}")
     console.print(f"{answer['tokens_per_s']:,.0f} tokens/s")

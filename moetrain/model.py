@@ -1,4 +1,4 @@
-"""Decoder Transformer for one device: LLaMA, Mistral, Qwen2 and Qwen3, dense or with a mixture of experts in every layer.
+"""Decoder Transformer for one device: LLaMA, Mistral, Qwen2 and Qwen3, dense or with a mixture of experts in some or all layers.
 
 Letters: B rows of a batch, S positions of a row, T = B*S tokens, D model dim, V vocabulary. Parameters are kept in float32 (or float64),
 activations run in the dtype a caller asks for, every matrix product in the dtype of its activation. The model knows nothing of
@@ -86,7 +86,7 @@ class Block(nn.Module):
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attn = Attention(config, layer)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.ffn = FeedForward(config) if config.moe is None else MoELayer(config, layer)
+        self.ffn = MoELayer(config, layer) if layer in config.moe_layers else FeedForward(config)
 
     def forward(self, x: Tensor, layout: Layout, context: TokenContext, cache: KVCache | None = None) -> tuple[Tensor, LayerReport]:
         """x: (B, S, D). Returns (B, S, D) and the FFN's report."""

@@ -30,8 +30,13 @@ def model(**changes: Any) -> dict[str, Any]:
     return {"vocab_size": 50, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "intermediate_size": 16, "max_position_embeddings": 64, **changes}
 
 
+MOE_OPTIONS = ("layers",)
+
+
 def moe(router: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    return model(moe={"num_experts": 8, "expert_dim": 6, "router": router or {"type": "sigmoid_ste"}}, **changes)
+    """A mixture; changes named in MOE_OPTIONS are options of `model.moe`, the others of `model`."""
+    inner = {name: changes.pop(name) for name in MOE_OPTIONS if name in changes}
+    return model(moe={"num_experts": 8, "expert_dim": 6, "router": router or {"type": "sigmoid_ste"}, **inner}, **changes)
 
 
 def train(**changes: Any) -> dict[str, Any]:
@@ -281,6 +286,7 @@ def trees(draw: st.DrawFn) -> dict[str, Any]:
             tree["model"] |= {"sliding_window": draw(_count), **draw(_some(sliding_layers=st.none() | st.lists(st.integers(0, 1))))}
         if mixture is not None:
             tree["model"]["moe"] = {"num_experts": 8, "expert_dim": draw(_count), "router": mixture}
+            tree["model"]["moe"] |= draw(_some(layers=st.sampled_from([None, [1], [1, 0], {"first": 1}, {"every": 2}, {"first": -1, "every": 3}])))
     if draw(st.booleans()):
         tree["train"] = train(
             **draw(
@@ -397,6 +403,13 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": moe({**_OPEN, "target_active": 9.0})}, "model.moe.router.target_active (9.0) is more than num_experts (8)"),
     ({"model": moe({**_OPEN, "target_active": 2, "sparsity_coef": 0})}, "model.moe.router.sparsity_coef: 0 can't be adapted"),
     ({"model": moe({**_OPEN, "rescale": "none", "rescale_in_eval": True})}, "rescale_gradient and rescale_in_eval have an effect only with rescale: count"),
+    ({"model": moe(layers=[0, 2])}, "model.moe.layers: [2] outside 0..1"),
+    ({"model": moe(layers=[])}, "model.moe.layers: [] must name one layer or more, each once"),
+    ({"model": moe(layers=[1, 1])}, "model.moe.layers: [1, 1] must name one layer or more, each once"),
+    ({"model": moe(layers={"first": 2})}, "model.moe.layers.first (2) is outside -2..1"),
+    ({"model": moe(layers={"evry": 2})}, "model.moe.layers.evry: unknown key; did you mean model.moe.layers.every?"),
+    ({"model": moe(layers=[0, 1.5])}, "model.moe.layers.1: input should be a valid integer, found 1.5"),
+    ({"model": moe(layers=2)}, "model.moe.layers: must be a section with keys of its own, found 2"),
     ({"prepare": {"inputs": ["a"], "output": "b", "extensions": [".txt", "py"]}}, "prepare.extensions: 'py' would match every name that ends so; write .py"),
     ({"model": moe({**_TOP2, "cosine_temperature": 0.1})}, "router.cosine_temperature (0.1) has an effect only with gate: cosine, not linear"),
     ({"model": moe({**_TOP2, "score": "sigmoid", "noise": True})}, "router.noise: noisy top-k is for score: softmax, not sigmoid"),
@@ -511,6 +524,8 @@ READ: dict[str, tuple[str, str]] = {
     "SigmoidSteRouter.input": ("moe/layer.py", "getattr(router, 'input', 'normed')"),
     "MoEConfig.num_experts": ("moe/layer.py", "moe.num_experts"),
     "MoEConfig.expert_dim": ("moe/layer.py", "moe.expert_dim"),
+    "LayerRange.first": ("config/model.py", "choice.first"),
+    "LayerRange.every": ("config/model.py", "choice.every"),
     "ModelConfig.vocab_size": ("model.py", "config.vocab_size"),
     "ModelConfig.hidden_size": ("model.py", "config.hidden_size"),
     "ModelConfig.num_layers": ("model.py", "config.num_layers"),
@@ -653,6 +668,7 @@ MODELS = {
     "topk": moe({"type": "topk", "top_k": 8}, qk_norm=True),
     "topk_mlp_noise": moe({"type": "topk", "top_k": 8, "gate": "mlp", "noise": True}),
     "topk_bias": moe({"type": "topk", "top_k": 8, "score": "sigmoid", "selection_bias": True}),
+    "some_sparse": moe(_ALL_OPEN, layers={"first": 1, "every": 2}, num_layers=5, intermediate_size=20),
 }
 
 
@@ -670,7 +686,7 @@ def test_num_params(name: str) -> None:
         assert config.num_active_params(active) == sum(built.values()) - experts * (1 - active / 8)
 
 
-@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk", "topk_mlp_noise", "topk_bias"])
+@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk", "topk_mlp_noise", "topk_bias", "some_sparse"])
 @pytest.mark.parametrize("length", [8, 64])
 def test_flops_per_token(name: str, length: int) -> None:
     """Against torch's count of a forward pass in which every expert is active, number for number.
@@ -685,7 +701,7 @@ def test_flops_per_token(name: str, length: int) -> None:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         output = network.eval()(torch.arange(length)[None] % 50)
     for report in output.reports:
-        assert config.moe is None or report.stats["load"].tolist() == [length] * 8
+        assert not report.stats or report.stats["load"].tolist() == [length] * 8
     upper_half = config.num_layers * 2 * length * config.num_heads * config.head_size
     assert counter.get_total_flops() == length * (config.flops_per_token(length) + upper_half)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Tag
 
 from moetrain.config.base import Positive, PositiveFloat, Section
 from moetrain.config.routers import Router, holds_router
@@ -26,6 +28,47 @@ class RopeScaling(Section):
     attention_factor: PositiveFloat | None = None
     """`yarn` only: scale of cos and sin (0.1 ln(factor) + 1 when null)."""
 
+
+class LayerRange(Section):
+    """Every n-th layer from one on."""
+
+    first: int = 0
+    """The first of them; negative: counted from the end, so that -2 alone is the last two layers."""
+    every: Positive = 1
+
+
+def kind_of(value: Any) -> str:
+    """Which branch of an option that takes a list or something else: errors then speak of the branch that was meant."""
+    return "list" if isinstance(value, list) else "other"
+
+
+LayerChoice = Annotated[Annotated[LayerRange, Tag("other")] | Annotated[list[int], Tag("list")], Discriminator(kind_of)] | None
+"""Some of a model's layers: a range, their numbers from 0, or null for all."""
+
+
+def chosen_layers(choice: LayerChoice, num_layers: int) -> list[int]:
+    """The numbers of the chosen layers, in order."""
+    if choice is None:
+        return list(range(num_layers))
+    if isinstance(choice, list):
+        return sorted(choice)
+    return list(range(num_layers))[choice.first :: choice.every]
+
+
+def layer_problems(choice: LayerChoice, num_layers: int) -> list[str]:
+    """What is wrong with a choice, each beginning with `.option` or `:`."""
+    if isinstance(choice, LayerRange):
+        if not -num_layers <= choice.first < num_layers:
+            return [f".first ({choice.first}) is outside {-num_layers}..{num_layers - 1}"]
+    elif choice is not None:
+        if not choice or len(set(choice)) < len(choice):
+            return [f": {choice} must name one layer or more, each once; for none leave the section out"]
+        outside = [i for i in choice if not 0 <= i < num_layers]
+        if outside:
+            return [f": {outside} outside 0..{num_layers - 1}"]
+    return []
+
+
 @holds_router
 class MoEConfig(Section):
     num_experts: Positive
@@ -33,6 +76,10 @@ class MoEConfig(Section):
     expert_dim: Positive
     """F: intermediate size of one expert."""
     router: Router
+    layers: LayerChoice = None
+    """Which layers are sparse: null all, a list of numbers, or `{first, every}` (`{first: 1, every: 2}`: every second one; `{first: 3}`: all but
+    the first three; `{first: -2}`: the last two). The others have a dense FFN of `intermediate_size`."""
+
 
 @holds_router
 class ModelConfig(Section):
@@ -48,7 +95,7 @@ class ModelConfig(Section):
     head_dim: Positive | None = None
     """null: hidden_size / num_heads."""
     intermediate_size: Positive
-    """Intermediate size of the dense FFN; not used where `moe` is set."""
+    """Intermediate size of the dense FFN; not used where `moe` makes every layer sparse."""
     max_position_embeddings: Positive = 2048
     rope_theta: PositiveFloat = 10000.0
     rope_scaling: RopeScaling | None = None
@@ -80,31 +127,42 @@ class ModelConfig(Section):
         return self.head_dim or self.hidden_size // self.num_heads
 
     @property
+    def moe_layers(self) -> list[int]:
+        """Numbers of the sparse layers, in order."""
+        return [] if self.moe is None else chosen_layers(self.moe.layers, self.num_layers)
+
+    @property
     def num_moe_layers(self) -> int:
-        return 0 if self.moe is None else self.num_layers
+        return len(self.moe_layers)
 
     def _params(self, experts_per_layer: float) -> tuple[float, float]:
-        """(parameters of the matrices a token passes through, all other parameters), with so many experts counted in each layer."""
-        D, q, kv = self.hidden_size, self.num_heads * self.head_size, self.kv_heads * self.head_size
-        attention = D * q + 2 * D * kv + q * D
-        if self.moe is None:
-            ffn, router, small = 3 * D * self.intermediate_size, 0, self.mlp_bias * (2 * self.intermediate_size + D)
-        else:
-            ffn = experts_per_layer * 3 * D * self.moe.expert_dim
+        """(parameters of the matrices a token passes through, all other parameters), with so many experts counted in each MoE layer."""
+        D, sparse = self.hidden_size, self.num_moe_layers
+        dense = self.num_layers - sparse
+        matrices, others = self._attention_params()
+        others += 2 * D
+        matrices, others = self.num_layers * matrices, self.num_layers * others
+        matrices += dense * 3 * D * self.intermediate_size
+        others += dense * self.mlp_bias * (2 * self.intermediate_size + D)
+        if self.moe is not None:
             router, small = self.moe.router.num_params(self.moe.num_experts, D)
+            matrices += sparse * (experts_per_layer * 3 * D * self.moe.expert_dim + router)
+            others += sparse * small
+        # The embedding is looked up, not multiplied with; tied to the head it is the head's matrix.
+        return matrices + self.vocab_size * D, others + D + (0 if self.tie_embeddings else self.vocab_size * D)
+
+    def _attention_params(self) -> tuple[int, int]:
+        """(matrices, others) of one layer."""
+        D, q, kv = self.hidden_size, self.num_heads * self.head_size, self.kv_heads * self.head_size
         norms = 2 * self.head_size if self.qk_norm_over == "head" else q + kv
-        small += 2 * D + self.qkv_bias * (q + 2 * kv) + self.o_bias * D + self.qk_norm * norms
-        head = self.vocab_size * D
-        matrices = self.num_layers * (attention + ffn + router) + head
-        others = self.num_layers * small + D + (0 if self.tie_embeddings else self.vocab_size * D)
-        return matrices, others
+        return D * q + 2 * D * kv + q * D, self.qkv_bias * (q + 2 * kv) + self.o_bias * D + self.qk_norm * norms
 
     def num_params(self) -> int:
         """Parameters of the whole model, tied weights counted once."""
         return int(sum(self._params(self.moe.num_experts if self.moe else 1)))
 
     def num_active_params(self, mean_active: float | None = None) -> float:
-        """Parameters a token uses when it takes `mean_active` experts per layer (all of a dense model)."""
+        """Parameters a token uses when it takes `mean_active` experts per MoE layer (all of a dense model)."""
         return sum(self._params(self._active(mean_active)))
 
     def flops_per_token(self, seq_len: int, mean_active: float | None = None) -> float:

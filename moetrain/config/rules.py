@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from moetrain.config.base import ConfigError, short
-from moetrain.config.model import ModelConfig, RopeScaling
+from moetrain.config.model import ModelConfig, RopeScaling, layer_problems
 from moetrain.config.routers import SigmoidSteRouter, TopKRouter
 from moetrain.config.sections import SPLITS, UPCYCLE_OPTIONS, Config, ParallelConfig, UpcycleConfig
 
@@ -107,6 +107,7 @@ def _check_model(model: ModelConfig, parallel: ParallelConfig, bad: list[str]) -
             f"parallel.dp_shard ({shard}) must divide model.hidden_size ({model.hidden_size}) and twice model.moe.expert_dim ({2 * moe.expert_dim})"
         )
     bad += [f"model.moe.router{problem}" for problem in moe.router.problems(moe.num_experts)]
+    bad += [f"model.moe.layers{problem}" for problem in layer_problems(moe.layers, model.num_layers)]
 
 
 def _check_upcycle(upcycle: UpcycleConfig, bad: list[str]) -> None:

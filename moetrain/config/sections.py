@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from moetrain.config.base import Fraction, Name, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, Seed
-from moetrain.config.model import ModelConfig
+from moetrain.config.model import LayerChoice, ModelConfig
 from moetrain.config.routers import Router, holds_router
 
 # ---------------------------------------------------------------------------------------------------------------------- data
@@ -144,6 +144,7 @@ SPLITS, _COPIES = ("dsmoe", "llama_moe"), ("copy", "drop", "virtual_groups")
 UPCYCLE_OPTIONS: dict[str, tuple[str, ...]] = {
     "num_experts": SPLITS + _COPIES,
     "router": (*SPLITS, *_COPIES, "btx", "aggregate"),
+    "layers": (*SPLITS, *_COPIES, "btx"),
     "split": SPLITS,
     "cluster_on": SPLITS,
     "cluster_metric": SPLITS,
@@ -179,6 +180,8 @@ class UpcycleConfig(Section):
     router: Router | None = None
     """null: the method's own router (`llama_moe`: top 3 of 8, that is 3/8 of the experts; `virtual_groups`: top-k of one group; other copies:
     top 2; `aggregate`: the mixtures')."""
+    layers: LayerChoice = None
+    """Which layers become sparse, as in `model.moe.layers`; the others keep their FFN (`btx`: merged as all the rest)."""
     split: Literal["contiguous", "random", "cluster", "coactivation", "importance"] = "contiguous"
     """`dsmoe`, `llama_moe`: which neurons go together. A seeded permutation, balanced clusters of their weights, of when they fire, or the
     data on which they matter (the last two need `calibration`)."""

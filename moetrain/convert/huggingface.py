@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moetrain.config import ModelConfig, MoEConfig, TopKRouter, config_from_dict, to_dict
+from moetrain.config import ModelConfig, TopKRouter, config_from_dict, to_dict
 from moetrain.data.tokenizer import TOKENIZER_FILES, Tokenizer, save_tokenizer
 from moetrain.model import Transformer
 
@@ -71,8 +71,6 @@ _ONLY = {
     "attention_dropout": 0.0,
     "partial_rotary_factor": 1.0,
     "router_jitter_noise": 0.0,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
     "clip_qkv": None,
     "is_encoder_decoder": False,
 }
@@ -122,7 +120,7 @@ def _validate(model: dict[str, Any], path: Path) -> ModelConfig:
 def config_differences(full: ModelConfig, stock: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
     """(field, value, other value) for what acts in inference, where two configs differ."""
     for name in ModelConfig.model_fields:
-        if name in ("init_std", "moe") or (name == "intermediate_size" and full.moe is not None):
+        if name in ("init_std", "moe") or (name == "intermediate_size" and full.num_moe_layers == full.num_layers):
             continue
         a, b = getattr(full, name), getattr(stock, name)
         if name == "num_kv_heads":
@@ -140,6 +138,8 @@ def config_differences(full: ModelConfig, stock: ModelConfig) -> Iterator[tuple[
     if (full.moe is None) != (stock.moe is None):
         yield "moe", full.moe, stock.moe
     elif full.moe is not None and stock.moe is not None:
+        if full.moe_layers != stock.moe_layers:
+            yield "moe.layers", full.moe_layers, stock.moe_layers
         for name in ("num_experts", "expert_dim"):
             if getattr(full.moe, name) != getattr(stock.moe, name):
                 yield f"moe.{name}", getattr(full.moe, name), getattr(stock.moe, name)
@@ -246,7 +246,17 @@ def _read_stock(raw: dict[str, Any], kind: str, path: Path) -> dict[str, Any]:
             "expert_dim": need("moe_intermediate_size"),
             "router": router,
         }
+        model["moe"]["layers"] = _read_sparse_layers(given, layers, path)
     return model
+
+
+def _read_sparse_layers(given: dict[str, Any], layers: int, path: Path) -> list[int] | None:
+    """Qwen's two keys: every `decoder_sparse_step`-th layer, counted from 1, without `mlp_only_layers`. None: all."""
+    step, dense = given.get("decoder_sparse_step", 1), given.get("mlp_only_layers", [])
+    sparse = [i for i in range(layers) if (i + 1) % step == 0 and i not in dense]
+    if not sparse:
+        raise ValueError(f"{path}: decoder_sparse_step ({step}) and mlp_only_layers ({dense}) leave no sparse layer; use the dense architecture")
+    return None if len(sparse) == layers else sparse
 
 
 def _read_window(raw: dict[str, Any], given: dict[str, Any], kind: str, layers: int, path: Path) -> tuple[int | None, list[int] | None]:
@@ -497,6 +507,8 @@ def architecture(config: ModelConfig) -> str:
             return "moetrain"
         if c.moe.router.score != "softmax" or c.moe.router.gate != "linear":
             return "moetrain"
+        if c.num_moe_layers < c.num_layers:  # Mixtral and OLMoE have no dense layers
+            return "qwen3_moe" if c.qk_norm and c.qk_norm_over == "head" and c.qkv_bias == c.o_bias else "moetrain"
         if not c.qk_norm and not biased and c.moe.router.normalize:
             return "mixtral"
         if c.qk_norm and c.qk_norm_over == "all":
@@ -588,7 +600,7 @@ def config_json(config: ModelConfig, dtype: torch.dtype, special: dict[str, Any]
             raw["num_experts"] = c.moe.num_experts
             raw["moe_intermediate_size"] = c.moe.expert_dim
             raw["norm_topk_prob"] = c.moe.router.normalize
-            raw["decoder_sparse_step"], raw["mlp_only_layers"] = 1, []
+            raw["decoder_sparse_step"], raw["mlp_only_layers"] = 1, sorted(set(range(c.num_layers)) - set(c.moe_layers))
     return raw
 
 
@@ -598,8 +610,7 @@ def fold_output_scale(config: ModelConfig) -> tuple[ModelConfig, float]:
         return config, 1.0
     scale = config.moe.router.output_scale
     router = config.moe.router.model_copy(update={"output_scale": 1.0})
-    moe = MoEConfig(num_experts=config.moe.num_experts, expert_dim=config.moe.expert_dim, router=router)
-    return config.model_copy(update={"moe": moe}), scale
+    return config.model_copy(update={"moe": config.moe.model_copy(update={"router": router})}), scale
 
 
 def check_output(folder: str | Path) -> Path:

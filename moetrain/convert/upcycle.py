@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moetrain.config import ModelConfig, MoEConfig, Router, SigmoidSteRouter, TopKRouter, UpcycleConfig
+from moetrain.config.model import layer_problems
 from moetrain.convert.calibrate import calibrated_partitions
 from moetrain.convert.collapse import collapse, dense_config
 from moetrain.convert.copy import copy_ffn, drop_ffn, group_rows, scale_experts, step_0_factor, virtual_groups
@@ -72,7 +73,9 @@ def target_config(source: ModelConfig, upcycle: UpcycleConfig) -> ModelConfig:
     except ValueError as error:
         text = str(error) if upcycle.method != "virtual_groups" else str(error).replace("num_experts", "granularity", 1)
         raise ValueError(f"upcycle.{text}") from None
-    moe = MoEConfig(num_experts=num_experts, expert_dim=expert_dim, router=_router(upcycle, num_experts))
+    for problem in layer_problems(upcycle.layers, source.num_layers):
+        raise ValueError(f"upcycle.layers{problem}, the layers of {upcycle.dense}")
+    moe = MoEConfig(num_experts=num_experts, expert_dim=expert_dim, router=_router(upcycle, num_experts), layers=upcycle.layers)
     return source.model_copy(update={"moe": moe})
 
 
@@ -107,7 +110,7 @@ def _aggregate_config(source: ModelConfig, upcycle: UpcycleConfig) -> ModelConfi
             raise ValueError(f"upcycle.router.{name} is {getattr(router, name, None)}, but {getattr(own, name, None)} in the mixtures")
     if isinstance(router, TopKRouter) and router.top_k > num_experts:
         raise ValueError(f"upcycle.router.top_k ({router.top_k}) is more than the experts of all mixtures ({num_experts})")
-    return source.model_copy(update={"moe": MoEConfig(num_experts=num_experts, expert_dim=source.moe.expert_dim, router=router)})
+    return source.model_copy(update={"moe": source.moe.model_copy(update={"num_experts": num_experts, "router": router})})
 
 
 def upcycle(config: UpcycleConfig, progress: Progress | None = None) -> UpcycleReport:
@@ -186,7 +189,7 @@ def _mixture_tensors(base: Named, target: ModelConfig, config: UpcycleConfig, pa
     ffn: dict[str, Tensor] = {}
     norm = torch.empty(0)
     for name, tensor in base:
-        if ".ffn." not in name:
+        if ".ffn." not in name or name in shapes:
             norm = tensor if ".ffn_norm." in name else norm
             yield name, tensor
             continue
@@ -240,7 +243,7 @@ def _branch_tensors(base: Named, streams: list[Named], target: ModelConfig, conf
     norm = torch.empty(0)
     for (name, start), *found in zip(base, *streams, strict=True):
         models = [tensor for _, tensor in found]
-        if ".ffn." not in name:
+        if ".ffn." not in name or name in shapes:
             draws = generator(config.seed, f"{name}/{config.merge}")
             merged = merge(start, models, config.merge, config.merge_density, config.merge_scale, draws)
             norm = merged if ".ffn_norm." in name else norm

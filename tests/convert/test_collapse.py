@@ -82,3 +82,11 @@ def test_one_number_that_differs_is_seen(other):
     parts[other][1, -1, -1] = 2
     with pytest.raises(ValueError, match="here: expert 1 differs"):
         collapse(*parts.values(), model, "copies", "here")
+
+
+def test_sparse_layers_that_join_to_another_size_than_the_dense_ones_are_refused(tmp_path):
+    """Whole copies in one layer of two: as slices they would be a wider FFN than the other layer has; as copies they are that FFN."""
+    save_stock("llama", tmp_path / "dense")
+    upcycle(UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "moe"), method="copy", num_experts=4, layers=[1]))
+    with pytest.raises(ValueError, match="join to FFNs of 192 neurons, but its dense layers have 48"):
+        upcycle(UpcycleConfig(dense=str(tmp_path / "moe"), output=str(tmp_path / "x"), method="to_dense"))

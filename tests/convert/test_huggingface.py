@@ -58,6 +58,14 @@ FAMILIES = {
         hf.Qwen3MoeConfig,
         dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=16, norm_topk_prob=True),
     ),
+    "qwen3_moe_every_second": (
+        hf.Qwen3MoeConfig,
+        dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=16, decoder_sparse_step=2, num_hidden_layers=4),
+    ),
+    "qwen3_moe_dense_first": (
+        hf.Qwen3MoeConfig,
+        dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=16, mlp_only_layers=[0], norm_topk_prob=True),
+    ),
     "olmoe": (hf.OlmoeConfig, dict(num_experts=4, num_experts_per_tok=2)),
     "olmoe_normalized_bias": (hf.OlmoeConfig, dict(num_experts=5, num_experts_per_tok=3, norm_topk_prob=True, attention_bias=True)),
     "qwen3_moe_unnormalized": (
@@ -237,7 +245,10 @@ REFUSED = {
     "quantized": (dict(quantization_config={"bits": 4}), "quantization_config"),
     "kv heads": (dict(num_key_value_heads=3), "num_heads (4) must be a multiple of model.num_kv_heads (3)"),
     "type": (dict(hidden_size="32"), "hidden_size"),
-    "dense layers": (dict(model_type="qwen3_moe", mlp_only_layers=[0]), "mlp_only_layers is [0]"),
+    "dense layers": (
+        dict(model_type="qwen3_moe", mlp_only_layers=[0, 1], num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8),
+        "mlp_only_layers ([0, 1]) leave no sparse layer",
+    ),
     "missing": (dict(vocab_size=None), "vocab_size is missing"),
 }
 
@@ -376,6 +387,7 @@ def weights(config, seed=0):
 
 def test_architecture_by_features():
     topk = lambda **o: MoEConfig(num_experts=4, expert_dim=8, router=TopKRouter(top_k=2, **o))  # noqa: E731
+    some = lambda moe: moe.model_copy(update={"layers": [1]})  # noqa: E731
     sigmoid = MoEConfig(num_experts=4, expert_dim=8, router=SigmoidSteRouter())
     table = [
         (small(), "llama"),
@@ -393,6 +405,9 @@ def test_architecture_by_features():
         (small(moe=topk(normalize=False)), "moetrain"),
         (small(moe=topk(normalize=False), qk_norm=True), "qwen3_moe"),
         (small(moe=topk(), qk_norm=True, qk_norm_over="all"), "olmoe"),
+        (small(moe=some(topk())), "moetrain"),
+        (small(moe=some(topk()), qk_norm=True), "qwen3_moe"),
+        (small(moe=some(topk()), qk_norm=True, qk_norm_over="all"), "moetrain"),
         (small(moe=topk(), qk_norm=True, qk_norm_over="all", head_dim=16), "moetrain"),  # OLMoE's norm is as wide as the model
         (small(moe=topk(), qk_norm=True, qk_norm_over="all", sliding_window=4), "moetrain"),
         (small(qk_norm=True, qk_norm_over="all"), "moetrain"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as hf
 
-from moetrain.config import GenerateConfig, ModelConfig, MoEConfig, RopeScaling, SigmoidSteRouter, TopKRouter
+from moetrain.config import GenerateConfig, LayerRange, ModelConfig, MoEConfig, RopeScaling, SigmoidSteRouter, TopKRouter
 from moetrain.convert.huggingface import read_config, read_tensors, write_model
 from moetrain.generate import generate
 from moetrain.model import Transformer, init_weights
@@ -37,6 +37,8 @@ MODELS = {
     "window_all_linear": dict(router=SigmoidSteRouter(), sliding_window=4, rope_scaling=LINEAR),
     "window_some": dict(router=SigmoidSteRouter(), sliding_window=4, sliding_layers=[1], head_dim=16),
     "norm_over_all": dict(router=SigmoidSteRouter(), qk_norm=True, qk_norm_over="all", head_dim=16),
+    "some_sparse": dict(router=SigmoidSteRouter(), moe=dict(layers=[1])),
+    "every_second": dict(router=TopKRouter(top_k=2), moe=dict(layers=LayerRange(first=-2, every=2)), num_layers=3),
     "one_expert": dict(router=SigmoidSteRouter(), num_experts=1),
     "dense": dict(router=None, qk_norm=True, mlp_bias=True, sliding_window=4, sliding_layers=[0]),
 }
@@ -44,11 +46,9 @@ MODELS = {
 
 def make(name, folder, dtype=torch.float64):
     options = dict(MODELS[name])
-    router, num_experts = options.pop("router"), options.pop("num_experts", 4)
-    config = ModelConfig(
-        vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=32, max_position_embeddings=64,
-        moe=None if router is None else MoEConfig(num_experts=num_experts, expert_dim=16, router=router), **options,
-    )  # fmt: skip
+    router, more = options.pop("router"), {"num_experts": options.pop("num_experts", 4), "expert_dim": 16, **options.pop("moe", {})}
+    sizes = dict(vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=32, max_position_embeddings=64)
+    config = ModelConfig(**{**sizes, "moe": None if router is None else MoEConfig(router=router, **more), **options})
     model = Transformer(config).to(dtype).eval()
     init_weights(model, 0)
     generator = torch.Generator().manual_seed(3)

@@ -249,6 +249,17 @@ def _within_groups(scores: Tensor, num_groups: int, top_groups: int, top_k: int)
     return torch.where(seen[:, :, None], groups, -math.inf).view_as(scores)
 
 
+def _moe_layers(config: dict) -> list[int]:
+    """Layers with experts: all, a list of them, or every n-th from one on."""
+    layers = list(range(config["num_layers"]))
+    if config.get("moe") is None:
+        return []
+    choice = config["moe"].get("layers")
+    if isinstance(choice, dict):
+        return layers[choice["first"] :: choice["every"]]
+    return layers if choice is None else choice
+
+
 class Layer(nn.Module):
     def __init__(self, config: dict, layer: int) -> None:
         super().__init__()
@@ -256,8 +267,8 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(D, eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(D, eps)
-        dense = config.get("moe") is None
-        self.mlp = FeedForward(D, config["intermediate_size"], config["mlp_bias"]) if dense else MoE(config)
+        sparse = layer in _moe_layers(config)
+        self.mlp = MoE(config) if sparse else FeedForward(D, config["intermediate_size"], config["mlp_bias"])
 
     def forward(self, x: Tensor, *attention: Any) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), *attention)
