@@ -21,32 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetrain.config import ModelConfig
+from moetrain.modules import Linear, RMSNorm
 
 Backend = Literal["flash", "flex", "sdpa"]
-
-
-class Linear(nn.Module):
-    """y = x W^T + b in the dtype of x, whatever the dtype the weight is kept in."""
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((out_features, in_features), math.nan))
-        self.bias = nn.Parameter(torch.full((out_features,), math.nan)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dim; the mean of squares is taken in float32 (float64 for float64)."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((dim,), math.nan))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 
 # ------------------------------------------------------------------------------------------------------------------ positions

@@ -23,8 +23,6 @@ from moetrain.attention import (
     Attention,
     KVCache,
     Layout,
-    Linear,
-    RMSNorm,
     document_positions,
     layer_window,
     make_layout,
@@ -32,6 +30,7 @@ from moetrain.attention import (
     rope_tables,
 )
 from moetrain.config import ModelConfig
+from moetrain.modules import Linear, RMSNorm, SwiGLU
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.routing import LayerReport, TokenContext
 
@@ -63,19 +62,15 @@ class Embedding(nn.Module):
         return F.embedding(tokens, self.weight)
 
 
-class FeedForward(nn.Module):
+class FeedForward(SwiGLU):
     """Dense SwiGLU FFN with the call of an MoE layer."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        D, F0, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = Linear(D, F0, bias)
-        self.up_proj = Linear(D, F0, bias)
-        self.down_proj = Linear(F0, D, bias)
+        super().__init__(config.hidden_size, config.intermediate_size, config.mlp_bias)
 
-    def forward(self, x: Tensor, context: TokenContext, residual: Tensor) -> tuple[Tensor, LayerReport]:
+    def forward(self, x: Tensor, context: TokenContext, residual: Tensor) -> tuple[Tensor, LayerReport]:  # type: ignore[override]
         """x: (T, D), normed. Returns (T, D) and an empty report."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), LayerReport({}, {})
+        return super().forward(x), LayerReport({}, {})
 
 
 class Block(nn.Module):

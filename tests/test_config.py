@@ -30,7 +30,7 @@ def model(**changes: Any) -> dict[str, Any]:
     return {"vocab_size": 50, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "intermediate_size": 16, "max_position_embeddings": 64, **changes}
 
 
-MOE_OPTIONS = ("layers",)
+MOE_OPTIONS = ("layers", "shared")
 
 
 def moe(router: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
@@ -286,6 +286,7 @@ def trees(draw: st.DrawFn) -> dict[str, Any]:
             tree["model"] |= {"sliding_window": draw(_count), **draw(_some(sliding_layers=st.none() | st.lists(st.integers(0, 1))))}
         if mixture is not None:
             tree["model"]["moe"] = {"num_experts": 8, "expert_dim": draw(_count), "router": mixture}
+            tree["model"]["moe"] |= draw(_some(shared=st.sampled_from([None, {"dim": 3}, {"dim": 4, "combine": "coefficient"}])))
             tree["model"]["moe"] |= draw(_some(layers=st.sampled_from([None, [1], [1, 0], {"first": 1}, {"every": 2}, {"first": -1, "every": 3}])))
     if draw(st.booleans()):
         tree["train"] = train(
@@ -432,6 +433,8 @@ RULES: list[tuple[dict[str, Any], str]] = [
     (_upcycle(cluster_on="up"), "upcycle.cluster_on (up) has no effect with split: contiguous"),
     (_upcycle(split="cluster", calibration="c"), "upcycle.calibration (c) has no effect with split: cluster"),
     (_upcycle(split="importance"), "upcycle.calibration: split: importance needs the prefix of a prepared data set"),
+    (_upcycle(shared_dim=8), "upcycle.calibration: shared_dim needs the prefix of a prepared data set"),
+    (_upcycle("copy", shared_dim=8), "upcycle.shared_dim (8) has no effect with method: copy; it is for dsmoe, llama_moe"),
     (_upcycle("btx", models=["c"]), "upcycle.models: method btx needs 2 or more Hugging Face folders, found 1"),
     (_upcycle("aggregate", models=["c"], merge="ties"), "upcycle.merge (ties) needs a common start, which mixtures don't name; use average or base"),
     (_upcycle("virtual_groups", granularity=3), "upcycle.num_experts (8) must be a multiple of upcycle.granularity (3)"),
@@ -524,6 +527,8 @@ READ: dict[str, tuple[str, str]] = {
     "SigmoidSteRouter.input": ("moe/layer.py", "getattr(router, 'input', 'normed')"),
     "MoEConfig.num_experts": ("moe/layer.py", "moe.num_experts"),
     "MoEConfig.expert_dim": ("moe/layer.py", "moe.expert_dim"),
+    "SharedConfig.dim": ("moe/shared.py", "options.dim"),
+    "SharedConfig.combine": ("moe/shared.py", "options.combine"),
     "LayerRange.first": ("config/model.py", "choice.first"),
     "LayerRange.every": ("config/model.py", "choice.every"),
     "ModelConfig.vocab_size": ("model.py", "config.vocab_size"),
@@ -597,7 +602,7 @@ READ: dict[str, tuple[str, str]] = {
     **{
         f"UpcycleConfig.{n}": ("convert/upcycle.py", f"config.{n}")
         for n in (
-            "split", "cluster_on", "cluster_metric", "granularity", "noise", "drop_ratio", "drop_shared", "models", "merge", "merge_density",
+            "split", "shared_dim", "cluster_on", "cluster_metric", "granularity", "noise", "drop_ratio", "drop_shared", "models", "merge", "merge_density",
             "merge_scale", "join", "receipt",
         )
     },
@@ -668,6 +673,9 @@ MODELS = {
     "topk": moe({"type": "topk", "top_k": 8}, qk_norm=True),
     "topk_mlp_noise": moe({"type": "topk", "top_k": 8, "gate": "mlp", "noise": True}),
     "topk_bias": moe({"type": "topk", "top_k": 8, "score": "sigmoid", "selection_bias": True}),
+    "shared": moe(_ALL_OPEN, shared={"dim": 5}),
+    "shared_gate": moe(_ALL_OPEN, shared={"dim": 5, "combine": "gate"}, layers=[1]),
+    "shared_coefficient": moe({"type": "topk", "top_k": 8}, shared={"dim": 5, "combine": "coefficient"}),
     "some_sparse": moe(_ALL_OPEN, layers={"first": 1, "every": 2}, num_layers=5, intermediate_size=20),
 }
 
@@ -686,7 +694,7 @@ def test_num_params(name: str) -> None:
         assert config.num_active_params(active) == sum(built.values()) - experts * (1 - active / 8)
 
 
-@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk", "topk_mlp_noise", "topk_bias", "some_sparse"])
+@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk", "topk_mlp_noise", "topk_bias", "some_sparse", "shared_gate", "shared_coefficient"])
 @pytest.mark.parametrize("length", [8, 64])
 def test_flops_per_token(name: str, length: int) -> None:
     """Against torch's count of a forward pass in which every expert is active, number for number.

@@ -26,6 +26,8 @@ LAYERS: dict[str, dict[str, Any]] = {
         "router": {"type": "sigmoid_ste", "target_active": 3.0, "sparsity_coef": 0.1, "target_over": "layer"}, "layers": {"first": 1, "every": 2},
         "model__num_layers": 4,
     },
+    "shared_gate": {"router": {"type": "topk", "top_k": 2}, "shared": {"dim": 10, "combine": "gate"}, "layers": [1]},
+    "residual": {"router": {"type": "sigmoid_ste"}, "shared": {"dim": 5, "combine": "coefficient"}},
     "dense_first": {
         "router": {"type": "topk", "top_k": 2, "score": "sigmoid", "selection_bias": True, "balance_over": "global_batch"}, "layers": [1],
     },

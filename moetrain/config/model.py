@@ -69,6 +69,21 @@ def layer_problems(choice: LayerChoice, num_layers: int) -> list[str]:
     return []
 
 
+class SharedConfig(Section):
+    """A fixed FFN beside the experts, which every token passes: shared experts, residual MoE."""
+
+    dim: Positive
+    """Its intermediate size; n shared experts of a size F are one FFN of n F."""
+    combine: Literal["sum", "gate", "coefficient"] = "sum"
+    """How it joins the experts' sum: added (DeepSeek), added times a sigmoid gate of the token (Qwen2-MoE), or the two weighted by a softmax of
+    the token (DeepSpeed's residual MoE)."""
+
+    def num_params(self, hidden_size: int) -> tuple[int, int]:
+        """(matrices, others)."""
+        outputs = {"sum": 0, "gate": 1, "coefficient": 2}[self.combine]
+        return hidden_size * (3 * self.dim + outputs), 2 if self.combine == "coefficient" else 0
+
+
 @holds_router
 class MoEConfig(Section):
     num_experts: Positive
@@ -76,6 +91,7 @@ class MoEConfig(Section):
     expert_dim: Positive
     """F: intermediate size of one expert."""
     router: Router
+    shared: SharedConfig | None = None
     layers: LayerChoice = None
     """Which layers are sparse: null all, a list of numbers, or `{first, every}` (`{first: 1, every: 2}`: every second one; `{first: 3}`: all but
     the first three; `{first: -2}`: the last two). The others have a dense FFN of `intermediate_size`."""
@@ -146,8 +162,9 @@ class ModelConfig(Section):
         others += dense * self.mlp_bias * (2 * self.intermediate_size + D)
         if self.moe is not None:
             router, small = self.moe.router.num_params(self.moe.num_experts, D)
-            matrices += sparse * (experts_per_layer * 3 * D * self.moe.expert_dim + router)
-            others += sparse * small
+            shared, own = (0, 0) if self.moe.shared is None else self.moe.shared.num_params(D)
+            matrices += sparse * (experts_per_layer * 3 * D * self.moe.expert_dim + router + shared)
+            others += sparse * (small + own)
         # The embedding is looked up, not multiplied with; tied to the head it is the head's matrix.
         return matrices + self.vocab_size * D, others + D + (0 if self.tie_embeddings else self.vocab_size * D)
 

@@ -7,7 +7,7 @@ import math
 from moetrain.config.base import ConfigError, short
 from moetrain.config.model import ModelConfig, RopeScaling, layer_problems
 from moetrain.config.routers import SigmoidSteRouter, TopKRouter
-from moetrain.config.sections import SPLITS, UPCYCLE_OPTIONS, Config, ParallelConfig, UpcycleConfig
+from moetrain.config.sections import UPCYCLE_OPTIONS, Config, ParallelConfig, UpcycleConfig
 
 
 def check(config: Config) -> list[str]:
@@ -121,8 +121,9 @@ def _check_upcycle(upcycle: UpcycleConfig, bad: list[str]) -> None:
             bad.append(f"upcycle.{name} ({value}) has an effect only with merge: ties or dare, not {upcycle.merge}")
         elif value is not None:
             bad.append(f"upcycle.{name} ({value}) has no effect with split: {upcycle.split}")
-    if upcycle.split in ("coactivation", "importance") and upcycle.calibration is None and method in SPLITS:
-        bad.append(f"upcycle.calibration: split: {upcycle.split} needs the prefix of a prepared data set")
+    if upcycle.needs_calibration and upcycle.calibration is None:
+        why = "shared_dim" if upcycle.shared_dim is not None else f"split: {upcycle.split}"
+        bad.append(f"upcycle.calibration: {why} needs the prefix of a prepared data set")
     if method in ("btx", "aggregate"):
         least = 2 if method == "btx" else 1
         if len(upcycle.models) < least:

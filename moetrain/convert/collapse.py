@@ -17,6 +17,13 @@ def dense_config(mixture: ModelConfig, join: str, where: str) -> ModelConfig:
     if moe is None:
         raise ValueError(f"upcycle.dense ({where}) is dense already; method to_dense wants a mixture")
     size = moe.num_experts * moe.expert_dim if join == "slices" else moe.expert_dim
+    if moe.shared is not None:
+        if moe.shared.combine != "sum":
+            raise ValueError(
+                f"upcycle.dense ({where}): its shared FFN is weighted token by token (combine: {moe.shared.combine}), so no dense FFN computes the "
+                f"same; exact for combine: sum"
+            )
+        size += moe.shared.dim
     if mixture.num_moe_layers < mixture.num_layers and size != mixture.intermediate_size:
         raise ValueError(
             f"upcycle.dense ({where}): its sparse layers join to FFNs of {size} neurons, but its dense layers have {mixture.intermediate_size}, "

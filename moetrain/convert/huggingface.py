@@ -140,7 +140,7 @@ def config_differences(full: ModelConfig, stock: ModelConfig) -> Iterator[tuple[
     elif full.moe is not None and stock.moe is not None:
         if full.moe_layers != stock.moe_layers:
             yield "moe.layers", full.moe_layers, stock.moe_layers
-        for name in ("num_experts", "expert_dim"):
+        for name in ("num_experts", "expert_dim", "shared"):
             if getattr(full.moe, name) != getattr(stock.moe, name):
                 yield f"moe.{name}", getattr(full.moe, name), getattr(stock.moe, name)
         if full.moe.router.type != stock.moe.router.type:
@@ -505,7 +505,7 @@ def architecture(config: ModelConfig) -> str:
     if c.moe is not None:
         if not isinstance(c.moe.router, TopKRouter) or not all_or_none or c.mlp_bias:
             return "moetrain"
-        if c.moe.router.score != "softmax" or c.moe.router.gate != "linear":
+        if c.moe.router.score != "softmax" or c.moe.router.gate != "linear" or c.moe.shared is not None:
             return "moetrain"
         if c.num_moe_layers < c.num_layers:  # Mixtral and OLMoE have no dense layers
             return "qwen3_moe" if c.qk_norm and c.qk_norm_over == "head" and c.qkv_bias == c.o_bias else "moetrain"

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetrain.attention import Layout, RMSNorm, layer_window, make_layout, rope_frequencies, rope_tables
+from moetrain.attention import Layout, layer_window, make_layout, rope_frequencies, rope_tables
 from moetrain.config import ModelConfig
 from moetrain.convert.huggingface import read_tensors
 from moetrain.data.tokenizer import load_tokenizer
 from moetrain.model import Block
+from moetrain.modules import RMSNorm
 from moetrain.moe.routing import TokenContext
 
 SAMPLE_TOKENS = 512

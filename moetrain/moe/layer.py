@@ -1,4 +1,4 @@
-"""The MoE layer: route, dispatch, experts, combine.
+"""The MoE layer: route, dispatch, experts, combine; and beside the experts a fixed FFN, where there is one.
 
 It is written for one device. `dispatcher` and the experts' weights are exchanged from outside (moetrain.parallel) to spread the experts over
 ranks; the layer reads the same.
@@ -13,6 +13,7 @@ from moetrain.moe.dispatch import AllToAllDispatcher, LocalDispatcher
 from moetrain.moe.experts import GroupedExperts
 from moetrain.moe.routers import build_router
 from moetrain.moe.routing import LayerReport, TokenContext, statistics
+from moetrain.moe.shared import SharedExpert
 
 
 class MoELayer(nn.Module):
@@ -26,6 +27,7 @@ class MoELayer(nn.Module):
         self.routes_by_residual = getattr(router, "input", "normed") == "residual"
         self.router = build_router(config, layer)
         self.experts = GroupedExperts(config.moe.num_experts, config.hidden_size, config.moe.expert_dim)
+        self.shared = None if config.moe.shared is None else SharedExpert(config.hidden_size, config.moe.shared)
         self.dispatcher: LocalDispatcher | AllToAllDispatcher = LocalDispatcher()
 
     def forward(self, x: Tensor, context: TokenContext, residual: Tensor) -> tuple[Tensor, LayerReport]:
@@ -33,4 +35,6 @@ class MoELayer(nn.Module):
         routing = self.router(residual if self.routes_by_residual else x, context)
         work, plan = self.dispatcher.dispatch(x, routing)
         y = self.dispatcher.combine(self.experts(work), plan)
+        if self.shared is not None:
+            y = self.shared(x, y)
         return y, LayerReport(routing.losses, statistics(routing.decision, context.valid), routing.sums, routing.scores)

@@ -33,6 +33,7 @@ METHODS = {
     "virtual_groups": dict(method="virtual_groups", granularity=4),
     "virtual_groups_sigmoid": dict(method="virtual_groups", granularity=2, router=SIGMOID),
     "btx_ties": dict(method="btx", models=["m0", "m1", "m2", "m3"], merge="ties"),
+    "dsmoe_shared": dict(method="dsmoe", shared_dim=16, calibration="a", calibration_seq_len=12, calibration_sequences=8, router=SIGMOID),
     "dsmoe_some": dict(method="dsmoe", layers=[1], router=SIGMOID),
     "btx_some": dict(method="btx", models=["m0", "m1", "m2", "m3"], layers={"first": -1}),
     "aggregate": dict(method="aggregate", dense="mixture", models=["mixture2"]),

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as hf
 
-from moetrain.config import GenerateConfig, LayerRange, ModelConfig, MoEConfig, RopeScaling, SigmoidSteRouter, TopKRouter
+from moetrain.config import GenerateConfig, LayerRange, ModelConfig, MoEConfig, RopeScaling, SharedConfig, SigmoidSteRouter, TopKRouter
 from moetrain.convert.huggingface import read_config, read_tensors, write_model
 from moetrain.generate import generate
 from moetrain.model import Transformer, init_weights
@@ -37,6 +37,9 @@ MODELS = {
     "window_all_linear": dict(router=SigmoidSteRouter(), sliding_window=4, rope_scaling=LINEAR),
     "window_some": dict(router=SigmoidSteRouter(), sliding_window=4, sliding_layers=[1], head_dim=16),
     "norm_over_all": dict(router=SigmoidSteRouter(), qk_norm=True, qk_norm_over="all", head_dim=16),
+    "shared": dict(router=SigmoidSteRouter(), moe=dict(shared=SharedConfig(dim=12))),
+    "shared_gate": dict(router=SigmoidSteRouter(), moe=dict(shared=SharedConfig(dim=12, combine="gate"), layers=[1])),
+    "residual_moe": dict(router=TopKRouter(top_k=1, normalize=False), moe=dict(shared=SharedConfig(dim=12, combine="coefficient"))),
     "some_sparse": dict(router=SigmoidSteRouter(), moe=dict(layers=[1])),
     "every_second": dict(router=TopKRouter(top_k=2), moe=dict(layers=LayerRange(first=-2, every=2)), num_layers=3),
     "one_expert": dict(router=SigmoidSteRouter(), num_experts=1),

@@ -167,6 +167,29 @@ class FeedForward(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Shared(FeedForward):
+    """A fixed FFN beside the experts, added to their sum y, or weighted token by token."""
+
+    def __init__(self, dim: int, options: dict) -> None:
+        super().__init__(dim, options["dim"])
+        self.combine = options["combine"]
+        outputs = {"sum": 0, "gate": 1, "coefficient": 2}[self.combine]
+        self.mix = nn.Linear(dim, outputs, bias=self.combine == "coefficient") if outputs else None
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x, y: (T, D). Returns (T, D)."""
+        shared = super().forward(x)
+        if self.mix is None:
+            return y + shared
+        dtype = _wide(x)
+        bias = None if self.mix.bias is None else self.mix.bias.to(dtype)
+        logits = F.linear(x.to(dtype), self.mix.weight.to(dtype), bias)
+        if self.combine == "gate":
+            return y + (logits.sigmoid() * shared).to(x.dtype)
+        share = logits.softmax(-1)
+        return (share[:, :1] * y + share[:, 1:] * shared).to(x.dtype)
+
+
 class Gate(nn.Module):
     """Logits of a token's experts. output: the second matrix of a two-layer gate. selection_bias: added to what chooses, not to what weighs."""
 
@@ -199,6 +222,7 @@ class MoE(nn.Module):
             raise ValueError(f"moe.router.type is {self.options['type']!r}; supported: sigmoid_ste, topk")
         self.gate = Gate(D, moe["num_experts"], self.options)
         self.experts = nn.ModuleList(FeedForward(D, moe["expert_dim"]) for _ in range(moe["num_experts"]))
+        self.shared = Shared(D, moe["shared"]) if moe.get("shared") else None
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """x: (B, S, D), normed. residual: the stream before the norm. Returns (B, S, D)."""
@@ -209,7 +233,8 @@ class MoE(nn.Module):
         for e in active.any(0).nonzero().flatten().tolist():
             tokens = active[:, e].nonzero().flatten()
             y.index_add_(0, tokens, self.experts[e](x[tokens]).to(y.dtype) * weights[tokens, e, None].to(y.dtype))
-        return y.to(x.dtype).view(shape)
+        y = y.to(x.dtype)
+        return (y if self.shared is None else self.shared(x, y)).view(shape)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (T, D). Returns weights (T, E), 0 where there is no route, and the routes (T, E) bool."""
