@@ -1,4 +1,4 @@
-"""Decoder Transformer for one device: LLaMA, Mistral, Qwen2 and Qwen3, dense or with a mixture of experts in some or all layers.
+"""Decoder Transformer for one device: LLaMA, Mistral, Qwen2, Qwen3 and DeepSeek, dense or with a mixture of experts in some or all layers.
 
 Letters: B rows of a batch, S positions of a row, T = B*S tokens, D model dim, V vocabulary. Parameters are kept in float32 (or float64),
 activations run in the dtype a caller asks for, every matrix product in the dtype of its activation. The model knows nothing of
@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from moetrain.attention import (
     Attention,
     KVCache,
+    LatentAttention,
     Layout,
     document_positions,
     layer_window,
@@ -79,7 +80,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attn = Attention(config, layer)
+        self.attn = Attention(config, layer) if config.mla is None else LatentAttention(config, layer)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.ffn = MoELayer(config, layer) if layer in config.moe_layers else FeedForward(config)
 
@@ -134,7 +135,9 @@ class Transformer(nn.Module):
         x = self.embed(tokens)
         x = x if dtype is None else x.to(dtype)
         cos, sin = rope_tables(self.rope_frequencies.to(x.device), self.rope_scale, positions, x.dtype)
-        layout = Layout(cos, sin, "sdpa") if cache is not None else make_layout(cos, sin, document_ids, self.windows, x.dtype)
+        layout = Layout(cos, sin, "sdpa")
+        if cache is None:
+            layout = make_layout(cos, sin, document_ids, self.windows, x.dtype, head_dim=self.config.head_size)
         context = TokenContext() if context is None else context
         context = dataclasses.replace(context, tokens=tokens.flatten())
         reports = []

@@ -365,6 +365,8 @@ def _model_is_elsewhere(tree: dict[str, Any], problem: Any) -> bool:
 
 _OPEN = {"type": "sigmoid_ste"}
 _TOP2 = {"type": "topk", "top_k": 2}
+_MLA = {"kv_lora_rank": 5, "qk_nope_head_dim": 3, "qk_rope_head_dim": 2, "v_head_dim": 4}
+_YARN = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}
 
 
 def _upcycle(method: str = "dsmoe", **options: Any) -> dict[str, Any]:
@@ -411,6 +413,11 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": moe(layers={"evry": 2})}, "model.moe.layers.evry: unknown key; did you mean model.moe.layers.every?"),
     ({"model": moe(layers=[0, 1.5])}, "model.moe.layers.1: input should be a valid integer, found 1.5"),
     ({"model": moe(layers=2)}, "model.moe.layers: must be a section with keys of its own, found 2"),
+    ({"model": model(mla=_MLA, head_dim=4)}, "model.head_dim (4) does not go with model.mla"),
+    ({"model": model(mla=_MLA, num_kv_heads=1)}, "model.num_kv_heads (1) does not go with model.mla"),
+    ({"model": model(mla={**_MLA, "qk_rope_head_dim": 3})}, "model.mla.qk_rope_head_dim (3) must be even"),
+    ({"model": model(rope_scaling={**_YARN, "mscale_all_dim": 1.0})}, "mscale_all_dim (1.0) has no effect with type: yarn and without model.mla"),
+    ({"model": model(mla=_MLA, rope_scaling={**_YARN, "mscale": 1.0})}, "mscale (1.0) has an effect only with mscale_all_dim"),
     ({"prepare": {"inputs": ["a"], "output": "b", "extensions": [".txt", "py"]}}, "prepare.extensions: 'py' would match every name that ends so; write .py"),
     ({"model": moe({**_TOP2, "cosine_temperature": 0.1})}, "router.cosine_temperature (0.1) has an effect only with gate: cosine, not linear"),
     ({"model": moe({**_TOP2, "score": "sigmoid", "noise": True})}, "router.noise: noisy top-k is for score: softmax, not sigmoid"),
@@ -527,6 +534,10 @@ READ: dict[str, tuple[str, str]] = {
     "SigmoidSteRouter.input": ("moe/layer.py", "getattr(router, 'input', 'normed')"),
     "MoEConfig.num_experts": ("moe/layer.py", "moe.num_experts"),
     "MoEConfig.expert_dim": ("moe/layer.py", "moe.expert_dim"),
+    **{f"MLAConfig.{n}": ("attention.py", f"m.{n}") for n in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")},
+    "MLAConfig.rope_interleave": ("attention.py", "mla.rope_interleave"),
+    "RopeScaling.mscale": ("attention.py", "scaling.mscale"),
+    "RopeScaling.mscale_all_dim": ("attention.py", "rope_scaling.mscale_all_dim"),
     "SharedConfig.dim": ("moe/shared.py", "options.dim"),
     "SharedConfig.combine": ("moe/shared.py", "options.combine"),
     "LayerRange.first": ("config/model.py", "choice.first"),
@@ -676,6 +687,9 @@ MODELS = {
     "shared": moe(_ALL_OPEN, shared={"dim": 5}),
     "shared_gate": moe(_ALL_OPEN, shared={"dim": 5, "combine": "gate"}, layers=[1]),
     "shared_coefficient": moe({"type": "topk", "top_k": 8}, shared={"dim": 5, "combine": "coefficient"}),
+    "mla": model(mla={**_MLA, "q_lora_rank": 6}, num_heads=3),
+    "mla_plain": model(mla=_MLA, qkv_bias=True, o_bias=True),
+    "mla_bias": moe({"type": "topk", "top_k": 8}, mla={**_MLA, "q_lora_rank": 6}, qkv_bias=True, o_bias=True, layers=[1]),
     "some_sparse": moe(_ALL_OPEN, layers={"first": 1, "every": 2}, num_layers=5, intermediate_size=20),
 }
 
@@ -694,7 +708,7 @@ def test_num_params(name: str) -> None:
         assert config.num_active_params(active) == sum(built.values()) - experts * (1 - active / 8)
 
 
-@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk", "topk_mlp_noise", "topk_bias", "some_sparse", "shared_gate", "shared_coefficient"])
+@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk", "topk_mlp_noise", "topk_bias", "some_sparse", "shared_gate", "shared_coefficient", "mla", "mla_plain"])
 @pytest.mark.parametrize("length", [8, 64])
 def test_flops_per_token(name: str, length: int) -> None:
     """Against torch's count of a forward pass in which every expert is active, number for number.
@@ -710,7 +724,7 @@ def test_flops_per_token(name: str, length: int) -> None:
         output = network.eval()(torch.arange(length)[None] % 50)
     for report in output.reports:
         assert not report.stats or report.stats["load"].tolist() == [length] * 8
-    upper_half = config.num_layers * 2 * length * config.num_heads * config.head_size
+    upper_half = config.num_layers * length * config.num_heads * (config.head_size + config.value_size)
     assert counter.get_total_flops() == length * (config.flops_per_token(length) + upper_half)
 
 

@@ -28,6 +28,10 @@ LAYERS: dict[str, dict[str, Any]] = {
     },
     "shared_gate": {"router": {"type": "topk", "top_k": 2}, "shared": {"dim": 10, "combine": "gate"}, "layers": [1]},
     "residual": {"router": {"type": "sigmoid_ste"}, "shared": {"dim": 5, "combine": "coefficient"}},
+    "latent": {
+        "router": {"type": "topk", "top_k": 2}, "model__num_kv_heads": None,
+        "model__mla": {"q_lora_rank": 5, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 3},
+    },
     "dense_first": {
         "router": {"type": "topk", "top_k": 2, "score": "sigmoid", "selection_bias": True, "balance_over": "global_batch"}, "layers": [1],
     },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Tag
@@ -27,6 +28,33 @@ class RopeScaling(Section):
     """`yarn` only (1 when null)."""
     attention_factor: PositiveFloat | None = None
     """`yarn` only: scale of cos and sin (0.1 ln(factor) + 1 when null)."""
+    mscale: PositiveFloat | None = None
+    """`yarn` with `model.mla` only, together with `mscale_all_dim`: m in the default of `attention_factor`, (0.1 m ln(factor) + 1) over the same of
+    `mscale_all_dim` (DeepSeek)."""
+    mscale_all_dim: PositiveFloat | None = None
+    """`yarn` with `model.mla` only: m of the factor (0.1 m ln(factor) + 1)^2 on attention's logits (DeepSeek)."""
+
+    def magnitude(self, m: float) -> float:
+        """0.1 m ln(factor) + 1; 1 where nothing is stretched."""
+        return 0.1 * m * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+
+class MLAConfig(Section):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values of all heads come from one small latent vector per token, which
+    is what a cache holds; positions are in a part of their own. The names are Hugging Face's."""
+
+    q_lora_rank: Positive | None = None
+    """Width of the queries' latent; null: queries come from the input at once."""
+    kv_lora_rank: Positive
+    """Width of the latent of keys and values."""
+    qk_nope_head_dim: Positive
+    """Part of a head's query and key without position."""
+    qk_rope_head_dim: Positive
+    """Part with rotary position; the key's is shared by all heads."""
+    v_head_dim: Positive
+    rope_interleave: bool = True
+    """Rotate neighbours (DeepSeek's weights) instead of halves."""
+
 
 
 class LayerRange(Section):
@@ -117,8 +145,10 @@ class ModelConfig(Section):
     rope_scaling: RopeScaling | None = None
     norm_eps: PositiveFloat = 1e-5
     tie_embeddings: bool = False
+    mla: MLAConfig | None = None
+    """Latent attention instead of heads of keys and values; excludes head_dim, num_kv_heads, qk_norm and sliding_window."""
     qkv_bias: bool = False
-    """Bias on the query, key and value projections (Qwen2)."""
+    """Bias on the query, key and value projections (Qwen2); with `mla` on those into the latents."""
     o_bias: bool = False
     """Bias on the attention's output projection (LLaMA with attention_bias)."""
     mlp_bias: bool = False
@@ -140,7 +170,20 @@ class ModelConfig(Section):
 
     @property
     def head_size(self) -> int:
+        """C, of a head's query and key."""
+        if self.mla is not None:
+            return self.mla.qk_nope_head_dim + self.mla.qk_rope_head_dim
         return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def value_size(self) -> int:
+        """Of a head's value and output."""
+        return self.head_size if self.mla is None else self.mla.v_head_dim
+
+    @property
+    def rope_size(self) -> int:
+        """The part of a head that is rotated."""
+        return self.head_size if self.mla is None else self.mla.qk_rope_head_dim
 
     @property
     def moe_layers(self) -> list[int]:
@@ -171,6 +214,13 @@ class ModelConfig(Section):
     def _attention_params(self) -> tuple[int, int]:
         """(matrices, others) of one layer."""
         D, q, kv = self.hidden_size, self.num_heads * self.head_size, self.kv_heads * self.head_size
+        if self.mla is not None:
+            m, values = self.mla, self.num_heads * self.mla.v_head_dim
+            queries = D * q if m.q_lora_rank is None else m.q_lora_rank * (D + q)
+            down = m.kv_lora_rank + m.qk_rope_head_dim
+            matrices = queries + D * down + m.kv_lora_rank * (self.num_heads * m.qk_nope_head_dim + values) + values * D
+            small = m.kv_lora_rank + (m.q_lora_rank or 0)
+            return matrices, small + self.qkv_bias * (down + (m.q_lora_rank or 0)) + self.o_bias * D
         norms = 2 * self.head_size if self.qk_norm_over == "head" else q + kv
         return D * q + 2 * D * kv + q * D, self.qkv_bias * (q + 2 * kv) + self.o_bias * D + self.qk_norm * norms
 
@@ -186,7 +236,7 @@ class ModelConfig(Section):
         """FLOPs of one token's forward pass: two per matrix parameter used, and causal attention over `seq_len` positions
         (half of the score matrix). Training is three times as much."""
         matrices, _ = self._params(self._active(mean_active))
-        return 2 * matrices + self.num_layers * 2 * seq_len * self.num_heads * self.head_size
+        return 2 * matrices + self.num_layers * seq_len * self.num_heads * (self.head_size + self.value_size)
 
     def _active(self, mean_active: float | None) -> float:
         if self.moe is None:

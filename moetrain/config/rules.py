@@ -62,7 +62,9 @@ def check(config: Config) -> list[str]:
 
 
 def _check_model(model: ModelConfig, parallel: ParallelConfig, bad: list[str]) -> None:
-    if model.head_dim is None and model.hidden_size % model.num_heads:
+    if model.mla is not None:
+        _check_mla(model, bad)
+    elif model.head_dim is None and model.hidden_size % model.num_heads:
         bad.append(f"model.hidden_size ({model.hidden_size}) is no multiple of model.num_heads ({model.num_heads}); set model.head_dim or change one")
     elif model.head_size % 2:
         bad.append(f"model.head_dim ({model.head_size}) must be even for rotary embeddings")
@@ -86,10 +88,14 @@ def _check_model(model: ModelConfig, parallel: ParallelConfig, bad: list[str]) -
         for name in wanted[scaling.type]:
             if getattr(scaling, name) is None:
                 bad.append(f"model.rope_scaling.{name}: missing; type {scaling.type} needs it")
-        read = {"type", "factor", *wanted[scaling.type], *(("beta_fast", "beta_slow", "attention_factor") if scaling.type == "yarn" else ())}
+        yarn = ("beta_fast", "beta_slow", "attention_factor", *(("mscale", "mscale_all_dim") if model.mla is not None else ()))
+        read = {"type", "factor", *wanted[scaling.type], *(yarn if scaling.type == "yarn" else ())}
         for name in RopeScaling.model_fields:
             if name not in read and getattr(scaling, name) is not None:
-                bad.append(f"model.rope_scaling.{name} ({getattr(scaling, name)}) has no effect with type: {scaling.type}")
+                without = "" if model.mla is not None or not name.startswith("mscale") else " and without model.mla"
+                bad.append(f"model.rope_scaling.{name} ({getattr(scaling, name)}) has no effect with type: {scaling.type}{without}")
+        if scaling.mscale is not None and (scaling.mscale_all_dim is None or scaling.attention_factor is not None):
+            bad.append(f"model.rope_scaling.mscale ({scaling.mscale}) has an effect only with mscale_all_dim and without attention_factor")
     if model.moe is None:
         if parallel.ep > 1:
             bad.append(f"parallel.ep ({parallel.ep}) needs model.moe: a dense model has no experts to share; use dp_shard")
@@ -108,6 +114,14 @@ def _check_model(model: ModelConfig, parallel: ParallelConfig, bad: list[str]) -
         )
     bad += [f"model.moe.router{problem}" for problem in moe.router.problems(moe.num_experts)]
     bad += [f"model.moe.layers{problem}" for problem in layer_problems(moe.layers, model.num_layers)]
+
+
+def _check_mla(model: ModelConfig, bad: list[str]) -> None:
+    for name in ("head_dim", "num_kv_heads", "qk_norm", "sliding_window"):
+        if getattr(model, name):
+            bad.append(f"model.{name} ({getattr(model, name)}) does not go with model.mla, which has head sizes of its own; remove one of the two")
+    if model.mla is not None and model.mla.qk_rope_head_dim % 2:
+        bad.append(f"model.mla.qk_rope_head_dim ({model.mla.qk_rope_head_dim}) must be even for rotary embeddings")
 
 
 def _check_upcycle(upcycle: UpcycleConfig, bad: list[str]) -> None:

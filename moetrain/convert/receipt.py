@@ -152,7 +152,7 @@ class _Streamed:
         frequencies, scale = rope_frequencies(self.config)
         cos, sin = rope_tables(frequencies, scale, torch.arange(tokens.shape[1])[None], self.x.dtype)
         windows = {layer_window(self.config, i) for i in range(self.config.num_layers)}
-        self.layout = make_layout(cos, sin, None, windows, self.x.dtype)
+        self.layout = make_layout(cos, sin, None, windows, self.x.dtype, head_dim=self.config.head_size)
 
     def block(self, layer: int) -> Block:
         with torch.device("meta"):

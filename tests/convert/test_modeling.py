@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as hf
 
-from moetrain.config import GenerateConfig, LayerRange, ModelConfig, MoEConfig, RopeScaling, SharedConfig, SigmoidSteRouter, TopKRouter
+from moetrain.config import GenerateConfig, LayerRange, MLAConfig, ModelConfig, MoEConfig, RopeScaling, SharedConfig, SigmoidSteRouter, TopKRouter
 from moetrain.convert.huggingface import read_config, read_tensors, write_model
 from moetrain.generate import generate
 from moetrain.model import Transformer, init_weights
@@ -16,6 +16,8 @@ VOCAB = 61
 YARN = RopeScaling(type="yarn", factor=4.0, original_max_position_embeddings=16)
 LLAMA3 = RopeScaling(type="llama3", factor=4.0, original_max_position_embeddings=32, low_freq_factor=1.0, high_freq_factor=4.0)
 LINEAR = RopeScaling(type="linear", factor=2.0)
+
+LATENT = MLAConfig(q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
 
 MODELS = {
     "dsmoe": dict(router=SigmoidSteRouter()),
@@ -40,6 +42,12 @@ MODELS = {
     "shared": dict(router=SigmoidSteRouter(), moe=dict(shared=SharedConfig(dim=12))),
     "shared_gate": dict(router=SigmoidSteRouter(), moe=dict(shared=SharedConfig(dim=12, combine="gate"), layers=[1])),
     "residual_moe": dict(router=TopKRouter(top_k=1, normalize=False), moe=dict(shared=SharedConfig(dim=12, combine="coefficient"))),
+    "mla": dict(router=SigmoidSteRouter(), mla=LATENT, num_kv_heads=None, moe=dict(layers=[1], shared=SharedConfig(dim=12))),
+    "mla_yarn_bias": dict(
+        router=TopKRouter(top_k=2), mla=MLAConfig(**{**LATENT.model_dump(), "q_lora_rank": None, "rope_interleave": False}), num_kv_heads=None,
+        qkv_bias=True, o_bias=True, rope_scaling=RopeScaling(**{**YARN.model_dump(), "mscale": 0.8, "mscale_all_dim": 1.2}),
+    ),
+    "mla_dense": dict(router=None, mla=LATENT, num_kv_heads=None),
     "some_sparse": dict(router=SigmoidSteRouter(), moe=dict(layers=[1])),
     "every_second": dict(router=TopKRouter(top_k=2), moe=dict(layers=LayerRange(first=-2, every=2)), num_layers=3),
     "one_expert": dict(router=SigmoidSteRouter(), num_experts=1),

@@ -2,8 +2,8 @@
 
 Routers are sigmoid_ste (independent gates, those above a threshold route: a token has any number of experts, none included) and topk (by
 softmax or sigmoid scores of a linear, two-layer or cosine gate, with a bias that only chooses, and groups of experts).
-Attention has grouped heads, biases, q/k norms, sliding windows and rotary positions with linear, llama3 or yarn scaling. The key `moetrain`
-of config.json holds every option.
+Attention has grouped heads, biases, q/k norms, sliding windows and rotary positions with linear, llama3 or yarn scaling, or latents
+(MLA). Beside the experts there may be a fixed FFN. The key `moetrain` of config.json holds every option.
 
 Letters: B rows of a batch, S new positions, L positions in the cache and new ones, T = B*S tokens, D model dim, C head dim, E experts.
 """
@@ -51,6 +51,8 @@ class MoetrainConfig(PretrainedConfig):
 def _rope_frequencies(config: dict) -> tuple[Tensor, float]:
     """(C/2,) float32 and the factor on cos and sin."""
     dim, base, scaling = _head_dim(config), config["rope_theta"], config.get("rope_scaling")
+    if config.get("mla"):
+        dim = config["mla"]["qk_rope_head_dim"]
     periods = base ** (torch.arange(0, dim, 2, dtype=torch.int64, device="cpu").float() / dim)
     frequencies = 1.0 / periods
     if scaling is None:
@@ -77,7 +79,14 @@ def _rope_frequencies(config: dict) -> tuple[Tensor, float]:
     ramp = torch.clamp((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - first) / max(last - first, 1e-3), 0, 1)
     frequencies = 1.0 / (factor * periods) * ramp + frequencies * (1 - ramp)
     given = scaling.get("attention_factor")
-    return frequencies, (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0) if given is None else given
+    default = _magnitude(factor, 1.0)
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        default = _magnitude(factor, scaling["mscale"]) / _magnitude(factor, scaling["mscale_all_dim"])
+    return frequencies, default if given is None else given
+
+
+def _magnitude(factor: float, m: float) -> float:
+    return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _head_dim(config: dict) -> int:
@@ -130,6 +139,51 @@ class Attention(nn.Module):
         mask = _visible(S, k.shape[2], start, self.window, attention_mask, x.device)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(out.transpose(1, 2).reshape(B, S, -1))
+
+
+class LatentAttention(nn.Module):
+    """Keys and values of all heads come from one latent vector per token, which is what the cache holds, with the part that is rotated."""
+
+    def __init__(self, config: dict, layer: int) -> None:
+        super().__init__()
+        D, H, m = config["hidden_size"], config["num_heads"], config["mla"]
+        self.layer, self.rank, self.interleave = layer, m["kv_lora_rank"], m["rope_interleave"]
+        self.nope, self.rope, self.value = m["qk_nope_head_dim"], m["qk_rope_head_dim"], m["v_head_dim"]
+        width = self.nope + self.rope
+        if m.get("q_lora_rank") is None:
+            self.q_proj = nn.Linear(D, H * width, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(D, m["q_lora_rank"], bias=config["qkv_bias"])
+            self.q_a_layernorm = RMSNorm(m["q_lora_rank"], 1e-6)
+            self.q_b_proj = nn.Linear(m["q_lora_rank"], H * width, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(D, self.rank + self.rope, bias=config["qkv_bias"])
+        self.kv_a_layernorm = RMSNorm(self.rank, 1e-6)
+        self.kv_b_proj = nn.Linear(self.rank, H * (self.nope + self.value), bias=False)
+        self.o_proj = nn.Linear(H * self.value, D, bias=config["o_bias"])
+        self.scale = width**-0.5
+        scaling = config.get("rope_scaling") or {}
+        if scaling.get("mscale_all_dim"):
+            self.scale *= _magnitude(scaling["factor"], scaling["mscale_all_dim"]) ** 2
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, start: int, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
+        """As Attention.forward."""
+        B, S, _ = x.shape
+        q = self.q_proj(x) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q, q_rope = q.view(B, S, -1, self.nope + self.rope).split([self.nope, self.rope], dim=-1)
+        q = torch.cat((q, self._rotate(q_rope, cos, sin)), dim=-1).transpose(1, 2)
+        latent, rope = self.kv_a_proj_with_mqa(x).view(B, S, 1, -1).split([self.rank, self.rope], dim=-1)
+        latent, rope = self.kv_a_layernorm(latent).transpose(1, 2), self._rotate(rope, cos, sin).transpose(1, 2)
+        if cache is not None:
+            latent, rope = cache.update(latent, rope, self.layer, {"cache_position": torch.arange(start, start + S, device=x.device)})
+        both = self.kv_b_proj(latent[:, 0]).view(B, latent.shape[2], -1, self.nope + self.value).transpose(1, 2)
+        k, v = both.split([self.nope, self.value], dim=-1)
+        k = torch.cat((k, rope.expand(-1, k.shape[1], -1, -1)), dim=-1)
+        mask = _visible(S, k.shape[2], start, None, attention_mask, x.device)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        return self.o_proj(out.transpose(1, 2).reshape(B, S, -1))
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return _rotate(torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1) if self.interleave else x, cos, sin)
 
 
 def _visible(S: int, L: int, start: int, window: int | None, attention_mask: Tensor | None, device: torch.device) -> Tensor:
@@ -290,7 +344,7 @@ class Layer(nn.Module):
         super().__init__()
         D, eps = config["hidden_size"], config["norm_eps"]
         self.input_layernorm = RMSNorm(D, eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = LatentAttention(config, layer) if config.get("mla") else Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(D, eps)
         sparse = layer in _moe_layers(config)
         self.mlp = MoE(config) if sparse else FeedForward(D, config["intermediate_size"], config["mlp_bias"])
