@@ -241,7 +241,7 @@ def initial_tensor(name: str, shape: Sequence[int], config: ModelConfig, seed: i
     std = config.init_std
     if config.moe is not None and name.endswith(("router.weight", "router.output")):
         std = config.moe.router.init_std
-    elif name.endswith(("o_proj.weight", "down_proj.weight", "experts.down")):
+    elif name.endswith(("o_proj.weight", "down_proj.weight", ".down")):
         std /= math.sqrt(2 * config.num_layers)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -30,7 +30,7 @@ def model(**changes: Any) -> dict[str, Any]:
     return {"vocab_size": 50, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "intermediate_size": 16, "max_position_embeddings": 64, **changes}
 
 
-MOE_OPTIONS = ("layers", "shared")
+MOE_OPTIONS = ("layers", "shared", "expert_dim")
 
 
 def moe(router: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
@@ -286,6 +286,7 @@ def trees(draw: st.DrawFn) -> dict[str, Any]:
             tree["model"] |= {"sliding_window": draw(_count), **draw(_some(sliding_layers=st.none() | st.lists(st.integers(0, 1))))}
         if mixture is not None:
             tree["model"]["moe"] = {"num_experts": 8, "expert_dim": draw(_count), "router": mixture}
+            tree["model"]["moe"] |= draw(_some(expert_dim=st.sampled_from([[1, 2] * 4, [0, 5, 5, 5] * 2])))
             tree["model"]["moe"] |= draw(_some(shared=st.sampled_from([None, {"dim": 3}, {"dim": 4, "combine": "coefficient"}])))
             tree["model"]["moe"] |= draw(_some(layers=st.sampled_from([None, [1], [1, 0], {"first": 1}, {"every": 2}, {"first": -1, "every": 3}])))
     if draw(st.booleans()):
@@ -418,6 +419,12 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": model(mla={**_MLA, "qk_rope_head_dim": 3})}, "model.mla.qk_rope_head_dim (3) must be even"),
     ({"model": model(rope_scaling={**_YARN, "mscale_all_dim": 1.0})}, "mscale_all_dim (1.0) has no effect with type: yarn and without model.mla"),
     ({"model": model(mla=_MLA, rope_scaling={**_YARN, "mscale": 1.0})}, "mscale (1.0) has an effect only with mscale_all_dim"),
+    ({"model": moe(expert_dim=[4, 4])}, "model.moe.expert_dim: 2 sizes for num_experts (8); give one for each"),
+    ({"model": moe(expert_dim=[0] * 8)}, "model.moe.expert_dim: every expert has size 0"),
+    ({"model": moe(expert_dim=[4] * 7 + [-1])}, "model.moe.expert_dim.7: input should be greater than or equal to 0, found -1"),
+    ({"model": moe(expert_dim=0)}, "model.moe.expert_dim: input should be greater than 0, found 0"),
+    ({"model": moe(expert_dim=[4] * 5 + [6, 6, 0]), "parallel": {"ep": 2}}, "5 experts of size 4 can't be shared equally by parallel.ep (2) ranks"),
+    ({"model": moe(expert_dim=[4] * 6 + [3, 3]), "parallel": {"dp_shard": 4}}, "parallel.dp_shard (4) must divide model.hidden_size (8) and twice"),
     ({"prepare": {"inputs": ["a"], "output": "b", "extensions": [".txt", "py"]}}, "prepare.extensions: 'py' would match every name that ends so; write .py"),
     ({"model": moe({**_TOP2, "cosine_temperature": 0.1})}, "router.cosine_temperature (0.1) has an effect only with gate: cosine, not linear"),
     ({"model": moe({**_TOP2, "score": "sigmoid", "noise": True})}, "router.noise: noisy top-k is for score: softmax, not sigmoid"),
@@ -533,7 +540,7 @@ READ: dict[str, tuple[str, str]] = {
     "SigmoidSteRouter.bias_init": ("model.py", "getattr(config.moe.router, 'bias_init', 0.0)"),
     "SigmoidSteRouter.input": ("moe/layer.py", "getattr(router, 'input', 'normed')"),
     "MoEConfig.num_experts": ("moe/layer.py", "moe.num_experts"),
-    "MoEConfig.expert_dim": ("moe/layer.py", "moe.expert_dim"),
+    "MoEConfig.expert_dim": ("config/model.py", "self.expert_dim"),
     **{f"MLAConfig.{n}": ("attention.py", f"m.{n}") for n in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")},
     "MLAConfig.rope_interleave": ("attention.py", "mla.rope_interleave"),
     "RopeScaling.mscale": ("attention.py", "scaling.mscale"),
@@ -690,6 +697,7 @@ MODELS = {
     "mla": model(mla={**_MLA, "q_lora_rank": 6}, num_heads=3),
     "mla_plain": model(mla=_MLA, qkv_bias=True, o_bias=True),
     "mla_bias": moe({"type": "topk", "top_k": 8}, mla={**_MLA, "q_lora_rank": 6}, qkv_bias=True, o_bias=True, layers=[1]),
+    "unequal": moe(_ALL_OPEN, expert_dim=[6, 0, 3, 6, 3, 0, 1, 5]),
     "some_sparse": moe(_ALL_OPEN, layers={"first": 1, "every": 2}, num_layers=5, intermediate_size=20),
 }
 
@@ -708,7 +716,7 @@ def test_num_params(name: str) -> None:
         assert config.num_active_params(active) == sum(built.values()) - experts * (1 - active / 8)
 
 
-@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk", "topk_mlp_noise", "topk_bias", "some_sparse", "shared_gate", "shared_coefficient", "mla", "mla_plain"])
+@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk", "topk_mlp_noise", "topk_bias", "some_sparse", "shared_gate", "shared_coefficient", "mla", "mla_plain", "unequal"])
 @pytest.mark.parametrize("length", [8, 64])
 def test_flops_per_token(name: str, length: int) -> None:
     """Against torch's count of a forward pass in which every expert is active, number for number.

@@ -32,6 +32,8 @@ LAYERS: dict[str, dict[str, Any]] = {
         "router": {"type": "topk", "top_k": 2}, "model__num_kv_heads": None,
         "model__mla": {"q_lora_rank": 5, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 3},
     },
+    "unequal": {"router": {"type": "sigmoid_ste", "ste": "sampled", "probe_rate": 0.5}, "num_experts": 12, "expert_dim": [6, 3, 0] * 4},
+    "big_or_small": {"router": {"type": "topk", "top_k": 1, "normalize": False}, "expert_dim": [4, 4, 4, 4, 8, 8, 8, 8]},
     "dense_first": {
         "router": {"type": "topk", "top_k": 2, "score": "sigmoid", "selection_bias": True, "balance_over": "global_batch"}, "layers": [1],
     },

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Tag
 
-from moetrain.config.base import Positive, PositiveFloat, Section
+from moetrain.config.base import NonNegative, Positive, PositiveFloat, Section
 from moetrain.config.routers import Router, holds_router
 
 
@@ -112,17 +112,40 @@ class SharedConfig(Section):
         return hidden_size * (3 * self.dim + outputs), 2 if self.combine == "coefficient" else 0
 
 
+ExpertDim = Annotated[Annotated[Positive, Tag("other")] | Annotated[list[NonNegative], Tag("list")], Discriminator(kind_of)]
+
+
 @holds_router
 class MoEConfig(Section):
     num_experts: Positive
     """E, over all ranks."""
-    expert_dim: Positive
-    """F: intermediate size of one expert."""
+    expert_dim: ExpertDim
+    """F: intermediate size of one expert; or a list with the size of each (big and small ones, 0: an expert that does nothing, so that its tokens
+    skip)."""
     router: Router
     shared: SharedConfig | None = None
     layers: LayerChoice = None
     """Which layers are sparse: null all, a list of numbers, or `{first, every}` (`{first: 1, every: 2}`: every second one; `{first: 3}`: all but
     the first three; `{first: -2}`: the last two). The others have a dense FFN of `intermediate_size`."""
+
+    @property
+    def expert_dims(self) -> list[int]:
+        """The size of each expert."""
+        return self.expert_dim if isinstance(self.expert_dim, list) else [self.expert_dim] * self.num_experts
+
+    @property
+    def groups(self) -> dict[int, list[int]]:
+        """Size -> the experts that have it, in the order in which the sizes appear; without those of size 0, which compute nothing."""
+        found: dict[int, list[int]] = {}
+        for e, size in enumerate(self.expert_dims):
+            if size:
+                found.setdefault(size, []).append(e)
+        return found
+
+    def mean_sized(self, load: list[float]) -> float:
+        """Routes in experts of the mean size that cost what `load`, the routes of each expert, costs."""
+        dims = self.expert_dims
+        return sum(n * size for n, size in zip(load, dims, strict=True)) * len(dims) / sum(dims)
 
 
 @holds_router
@@ -206,7 +229,7 @@ class ModelConfig(Section):
         if self.moe is not None:
             router, small = self.moe.router.num_params(self.moe.num_experts, D)
             shared, own = (0, 0) if self.moe.shared is None else self.moe.shared.num_params(D)
-            matrices += sparse * (experts_per_layer * 3 * D * self.moe.expert_dim + router + shared)
+            matrices += sparse * (experts_per_layer * 3 * D * sum(self.moe.expert_dims) / self.moe.num_experts + router + shared)
             others += sparse * (small + own)
         # The embedding is looked up, not multiplied with; tied to the head it is the head's matrix.
         return matrices + self.vocab_size * D, others + D + (0 if self.tie_embeddings else self.vocab_size * D)
@@ -229,7 +252,7 @@ class ModelConfig(Section):
         return int(sum(self._params(self.moe.num_experts if self.moe else 1)))
 
     def num_active_params(self, mean_active: float | None = None) -> float:
-        """Parameters a token uses when it takes `mean_active` experts per MoE layer (all of a dense model)."""
+        """Parameters a token uses when it takes `mean_active` experts, of the mean size, per MoE layer (all of a dense model)."""
         return sum(self._params(self._active(mean_active)))
 
     def flops_per_token(self, seq_len: int, mean_active: float | None = None) -> float:

@@ -107,11 +107,23 @@ def _check_model(model: ModelConfig, parallel: ParallelConfig, bad: list[str]) -
         divisors = [d for d in range(1, moe.num_experts + 1) if moe.num_experts % d == 0]
         near = min(divisors, key=lambda d: abs(d - parallel.ep))
         bad.append(f"model.moe.num_experts ({moe.num_experts}) must be a multiple of parallel.ep ({parallel.ep}); nearest: {near}")
+    if isinstance(moe.expert_dim, list):
+        if len(moe.expert_dim) != moe.num_experts:
+            bad.append(f"model.moe.expert_dim: {len(moe.expert_dim)} sizes for num_experts ({moe.num_experts}); give one for each, or one for all")
+        elif not any(moe.expert_dim):
+            bad.append("model.moe.expert_dim: every expert has size 0; one at least must compute something")
+        for size, members in moe.groups.items():
+            if len(members) % parallel.ep:
+                bad.append(
+                    f"model.moe.expert_dim: {len(members)} experts of size {size} can't be shared equally by parallel.ep ({parallel.ep}) ranks; give "
+                    f"each size a multiple of {parallel.ep} experts"
+                )
     shard = parallel.dp_shard
-    if shard > 1 and (model.hidden_size % shard or (2 * moe.expert_dim) % shard):
-        bad.append(
-            f"parallel.dp_shard ({shard}) must divide model.hidden_size ({model.hidden_size}) and twice model.moe.expert_dim ({2 * moe.expert_dim})"
-        )
+    for size in moe.groups:
+        if shard > 1 and (model.hidden_size % shard or (2 * size) % shard):
+            bad.append(
+                f"parallel.dp_shard ({shard}) must divide model.hidden_size ({model.hidden_size}) and twice model.moe.expert_dim ({2 * size})"
+            )
     bad += [f"model.moe.router{problem}" for problem in moe.router.problems(moe.num_experts)]
     bad += [f"model.moe.layers{problem}" for problem in layer_problems(moe.layers, model.num_layers)]
 

@@ -409,7 +409,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(p.shape) for name, p in Transformer(config).named_parameters()}
 
 
-def _layouts(name: str, shape: tuple[int, ...], kind: str) -> list[_Stored]:
+def _layouts(name: str, shape: tuple[int, ...], kind: str, config: ModelConfig) -> list[_Stored]:
     """Every layout in which a parameter is found, the one to write in a folder of this model_type first."""
     if name.endswith("router.noise"):
         # Of use in training alone, and no stock architecture has a place for it; it starts at 0.
@@ -419,7 +419,8 @@ def _layouts(name: str, shape: tuple[int, ...], kind: str) -> list[_Stored]:
     if ".ffn." not in name or not (".router." in name or ".experts." in name):
         return [_Stored((_dense_key(name),), shape)]
     mixtral, deepseek = kind == "mixtral", kind == "deepseek_v3"
-    _, layer, _, part, kind = name.split(".")
+    _, layer, _, part, *rest = name.split(".")
+    kind, of_size = rest[-1], rest[:-1]
     blocks = [f"model.layers.{layer}.mlp", f"model.layers.{layer}.block_sparse_moe"]
     styles = [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")]
     if mixtral:
@@ -429,13 +430,16 @@ def _layouts(name: str, shape: tuple[int, ...], kind: str) -> list[_Stored]:
         names = [kind, "e_score_correction_bias"] if kind == "selection_bias" else [kind]
         return [_Stored((f"{block}.gate.{name}",), shape) for name in (reversed(names) if deepseek else names) for block in blocks]
     E, rows, columns = shape
+    # Where sizes differ, a parameter holds the experts of one size, and no file has them stacked.
+    assert config.moe is not None, "a mixture"
+    members = list(config.moe.groups.values())[int(of_size[0])] if of_size else range(E)
     found = []
     for block in blocks:
         for gate, up, down in styles:
             parts = (gate, up) if kind == "gate_up" else (down,)
-            keys = tuple(f"{block}.experts.{e}.{p}.weight" for e in range(E) for p in parts)
+            keys = tuple(f"{block}.experts.{e}.{p}.weight" for e in members for p in parts)
             found.append(_Stored(keys, (rows // len(parts), columns)))
-    return found + [_Stored((f"{block}.experts.{kind}_proj",), shape) for block in blocks]
+    return found if of_size else found + [_Stored((f"{block}.experts.{kind}_proj",), shape) for block in blocks]
 
 
 def _shared_layouts(name: str, shape: tuple[int, ...], kind: str) -> list[_Stored]:
@@ -501,7 +505,7 @@ def _plan(folder: Path, config: ModelConfig, files: ExitStack) -> tuple[list[tup
     plan, missing, used = [], [], set()
     for name, shape in parameter_shapes(config).items():
         # Of the layouts the one of which most is there, so that a single lost expert is named and not the whole layer.
-        stored = max(_layouts(name, shape, "moetrain"), key=lambda s: sum(k in where for k in s.keys) / max(1, len(s.keys)))
+        stored = max(_layouts(name, shape, "moetrain", config), key=lambda s: sum(k in where for k in s.keys) / max(1, len(s.keys)))
         missing += [key for key in stored.keys if key not in where]
         used.update(stored.keys)
         plan.append((name, shape, stored))
@@ -567,7 +571,7 @@ def architecture(config: ModelConfig) -> str:
     all_or_none = len(sliding) in (0, c.num_layers)
     biased = c.qkv_bias or c.o_bias
     if c.moe is not None:
-        if not isinstance(c.moe.router, TopKRouter) or not all_or_none or c.mlp_bias:
+        if not isinstance(c.moe.router, TopKRouter) or not all_or_none or c.mlp_bias or isinstance(c.moe.expert_dim, list):
             return "moetrain"
         if c.mla is not None:
             return "deepseek_v3" if _is_deepseek(c) else "moetrain"
@@ -802,7 +806,7 @@ def _write_weights(
             raise ValueError(f"{folder}: tensor {name} has dtype {tensor.dtype}; supported: {', '.join(DTYPES.values())}")
         seen.add(name)
         tensor = tensor.detach()
-        if scale != 1.0 and name.endswith("experts.down"):
+        if scale != 1.0 and ".ffn.experts." in name and name.endswith(".down"):
             tensor = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * scale).to(tensor.dtype)
         wanted = dtype or tensor.dtype
         if name.endswith("router.selection_bias"):
@@ -810,7 +814,7 @@ def _write_weights(
         tensor = tensor.to("cpu", wanted).contiguous()
         if stored_dtype is None and name == "embed.weight":
             stored_dtype = tensor.dtype
-        layout = _layouts(name, shapes[name], kind)[0]
+        layout = _layouts(name, shapes[name], kind, config)[0]
         if not layout.keys:
             continue
         for key, part in zip(layout.keys, tensor.view(len(layout.keys), *layout.shape).unbind(), strict=True):

@@ -48,6 +48,8 @@ MODELS = {
         qkv_bias=True, o_bias=True, rope_scaling=RopeScaling(**{**YARN.model_dump(), "mscale": 0.8, "mscale_all_dim": 1.2}),
     ),
     "mla_dense": dict(router=None, mla=LATENT, num_kv_heads=None),
+    "unequal": dict(router=SigmoidSteRouter(), moe=dict(num_experts=5, expert_dim=[8, 0, 5, 8, 0])),
+    "big_or_small": dict(router=TopKRouter(top_k=1, output_scale=2.0), moe=dict(expert_dim=[16, 4, 16, 4])),
     "some_sparse": dict(router=SigmoidSteRouter(), moe=dict(layers=[1])),
     "every_second": dict(router=TopKRouter(top_k=2), moe=dict(layers=LayerRange(first=-2, every=2)), num_layers=3),
     "one_expert": dict(router=SigmoidSteRouter(), num_experts=1),
@@ -92,10 +94,10 @@ def test_logits_cache_padding_and_generation(name, tmp_path):
     # What was written is read back.
     config = read_config(tmp_path / "model")
     read = dict(read_tensors(tmp_path / "model", config))
-    scale = {"topk": 2.0, "deepseek": 2.5}.get(name, 1.0)  # output_scale, multiplied into `down`
+    scale = {"topk": 2.0, "big_or_small": 2.0, "deepseek": 2.5}.get(name, 1.0)  # output_scale, multiplied into `down`
     for key, p in ours.named_parameters():
         # What only training uses is left out.
-        wanted = p * scale if key.endswith("experts.down") else p * 0 if key.endswith("router.noise") else p
+        wanted = p * scale if ".experts." in key and key.endswith(".down") else p * 0 if key.endswith("router.noise") else p
         assert torch.equal(read[key].to(p.dtype), wanted)
     # In pieces through the cache.
     cache, pieces = None, []

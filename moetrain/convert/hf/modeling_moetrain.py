@@ -275,7 +275,9 @@ class MoE(nn.Module):
         if self.options["type"] not in ("sigmoid_ste", "topk"):
             raise ValueError(f"moe.router.type is {self.options['type']!r}; supported: sigmoid_ste, topk")
         self.gate = Gate(D, moe["num_experts"], self.options)
-        self.experts = nn.ModuleList(FeedForward(D, moe["expert_dim"]) for _ in range(moe["num_experts"]))
+        sizes = moe["expert_dim"] if isinstance(moe["expert_dim"], list) else [moe["expert_dim"]] * moe["num_experts"]
+        self.experts = nn.ModuleList(FeedForward(D, size) if size else nn.Identity() for size in sizes)
+        self.idle = [e for e, size in enumerate(sizes) if not size]
         self.shared = Shared(D, moe["shared"]) if moe.get("shared") else None
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -285,6 +287,8 @@ class MoE(nn.Module):
         # The outputs of a token's experts are added in float32, as in training.
         y = torch.zeros(x.shape, dtype=_wide(x), device=x.device)
         for e in active.any(0).nonzero().flatten().tolist():
+            if e in self.idle:
+                continue  # an expert without neurons: its tokens skip
             tokens = active[:, e].nonzero().flatten()
             y.index_add_(0, tokens, self.experts[e](x[tokens]).to(y.dtype) * weights[tokens, e, None].to(y.dtype))
         y = y.to(x.dtype)
