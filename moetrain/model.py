@@ -34,6 +34,7 @@ from moetrain.config import ModelConfig
 from moetrain.modules import Linear, RMSNorm, SwiGLU
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.routing import LayerReport, TokenContext
+from moetrain.moe.strata import StratifiedMoELayer
 
 IGNORE = -100
 """Label of a token that has no loss."""
@@ -82,13 +83,21 @@ class Block(nn.Module):
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attn = Attention(config, layer) if config.mla is None else LatentAttention(config, layer)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.ffn = MoELayer(config, layer) if layer in config.moe_layers else FeedForward(config)
+        self.ffn = build_ffn(config, layer)
 
     def forward(self, x: Tensor, layout: Layout, context: TokenContext, cache: KVCache | None = None) -> tuple[Tensor, LayerReport]:
         """x: (B, S, D). Returns (B, S, D) and the FFN's report."""
         x = x + self.attn(self.attn_norm(x), layout, cache)
         y, report = self.ffn(self.ffn_norm(x).flatten(0, 1), context, x.flatten(0, 1))
         return x + y.view_as(x), report
+
+
+def build_ffn(config: ModelConfig, layer: int) -> nn.Module:
+    """What a block has behind its attention, of whichever kind."""
+    if layer not in config.moe_layers:
+        return FeedForward(config)
+    assert config.moe is not None, "a dense model has no MoE layers"
+    return MoELayer(config, layer) if config.moe.strata is None else StratifiedMoELayer(config, layer)
 
 
 class Transformer(nn.Module):
@@ -231,15 +240,16 @@ def initial_tensor(name: str, shape: Sequence[int], config: ModelConfig, seed: i
     router's: `bias_init`), the weights of a router's noise 0, matrices normal; what writes into the residual stream is divided by
     sqrt(2 * num_layers) (GPT-2).
     """
-    if name.endswith("norm.weight"):
+    if name.endswith("norm.weight") or ".norms." in name:
         return torch.ones(*shape, device="cpu")
-    if name.endswith(("router.selection_bias", "router.noise")):
+    if name.endswith((".selection_bias", ".noise")):
         return torch.zeros(*shape, device="cpu")
     if name.endswith(".bias"):
         value = getattr(config.moe.router, "bias_init", 0.0) if config.moe is not None and name.endswith("router.bias") else 0.0
         return torch.full(tuple(shape), value, device="cpu")
     std = config.init_std
-    if config.moe is not None and name.endswith(("router.weight", "router.output")):
+    # A router's own name may lie between: each stratum has one.
+    if config.moe is not None and ".router." in name and name.endswith((".weight", ".output")):
         std = config.moe.router.init_std
     elif name.endswith(("o_proj.weight", "down_proj.weight", ".down")):
         std /= math.sqrt(2 * config.num_layers)

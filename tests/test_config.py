@@ -30,7 +30,7 @@ def model(**changes: Any) -> dict[str, Any]:
     return {"vocab_size": 50, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "intermediate_size": 16, "max_position_embeddings": 64, **changes}
 
 
-MOE_OPTIONS = ("layers", "shared", "expert_dim")
+MOE_OPTIONS = ("layers", "shared", "expert_dim", "strata")
 
 
 def moe(router: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
@@ -425,6 +425,12 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": moe(expert_dim=0)}, "model.moe.expert_dim: input should be greater than 0, found 0"),
     ({"model": moe(expert_dim=[4] * 5 + [6, 6, 0]), "parallel": {"ep": 2}}, "5 experts of size 4 can't be shared equally by parallel.ep (2) ranks"),
     ({"model": moe(expert_dim=[4] * 6 + [3, 3]), "parallel": {"dp_shard": 4}}, "parallel.dp_shard (4) must divide model.hidden_size (8) and twice"),
+    ({"model": moe(_TOP2, strata={"sizes": [4, 3]})}, "model.moe.strata.sizes: [4, 3] add up to 7, not to num_experts (8)"),
+    ({"model": moe(_TOP2, strata={"sizes": [8]})}, "model.moe.strata.sizes: list should have at least 2 items"),
+    ({"model": moe(strata={"sizes": [4, 4]})}, "model.moe.strata: a token goes on from its best expert, so the router is topk, not sigmoid_ste"),
+    ({"model": moe({**_TOP2, "capacity_factor": 1.0}, strata={"sizes": [4, 4]})}, "router.capacity_factor (1.0) does not go with model.moe.strata"),
+    ({"model": moe({**_TOP2, "score": "sigmoid", "num_groups": 2, "top_groups": 2}, strata={"sizes": [4, 4]})}, "num_groups (2) does not go with"),
+    ({"model": moe(_TOP2, strata={"sizes": [7, 1]})}, "model.moe.router.top_k (2) is more than the last stratum has experts (1)"),
     ({"prepare": {"inputs": ["a"], "output": "b", "extensions": [".txt", "py"]}}, "prepare.extensions: 'py' would match every name that ends so; write .py"),
     ({"model": moe({**_TOP2, "cosine_temperature": 0.1})}, "router.cosine_temperature (0.1) has an effect only with gate: cosine, not linear"),
     ({"model": moe({**_TOP2, "score": "sigmoid", "noise": True})}, "router.noise: noisy top-k is for score: softmax, not sigmoid"),
@@ -545,6 +551,8 @@ READ: dict[str, tuple[str, str]] = {
     "MLAConfig.rope_interleave": ("attention.py", "mla.rope_interleave"),
     "RopeScaling.mscale": ("attention.py", "scaling.mscale"),
     "RopeScaling.mscale_all_dim": ("attention.py", "rope_scaling.mscale_all_dim"),
+    "StrataConfig.sizes": ("moe/strata.py", "strata.sizes"),
+    "StrataConfig.norm": ("moe/strata.py", "strata.norm"),
     "SharedConfig.dim": ("moe/shared.py", "options.dim"),
     "SharedConfig.combine": ("moe/shared.py", "options.combine"),
     "LayerRange.first": ("config/model.py", "choice.first"),
@@ -698,6 +706,7 @@ MODELS = {
     "mla_plain": model(mla=_MLA, qkv_bias=True, o_bias=True),
     "mla_bias": moe({"type": "topk", "top_k": 8}, mla={**_MLA, "q_lora_rank": 6}, qkv_bias=True, o_bias=True, layers=[1]),
     "unequal": moe(_ALL_OPEN, expert_dim=[6, 0, 3, 6, 3, 0, 1, 5]),
+    "strata": moe({"type": "topk", "top_k": 2, "noise": True}, strata={"sizes": [3, 3, 2], "norm": True}),
     "some_sparse": moe(_ALL_OPEN, layers={"first": 1, "every": 2}, num_layers=5, intermediate_size=20),
 }
 

@@ -34,6 +34,10 @@ LAYERS: dict[str, dict[str, Any]] = {
     },
     "unequal": {"router": {"type": "sigmoid_ste", "ste": "sampled", "probe_rate": 0.5}, "num_experts": 12, "expert_dim": [6, 3, 0] * 4},
     "big_or_small": {"router": {"type": "topk", "top_k": 1, "normalize": False}, "expert_dim": [4, 4, 4, 4, 8, 8, 8, 8]},
+    "strata": {
+        "router": {"type": "topk", "top_k": 2, "balance_over": "global_batch", "jitter": 0.1}, "strata": {"sizes": [4, 2, 2], "norm": True},
+        "layers": [1],
+    },
     "dense_first": {
         "router": {"type": "topk", "top_k": 2, "score": "sigmoid", "selection_bias": True, "balance_over": "global_batch"}, "layers": [1],
     },

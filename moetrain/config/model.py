@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Tag
+from pydantic import Discriminator, Field, Tag
 
 from moetrain.config.base import NonNegative, Positive, PositiveFloat, Section
 from moetrain.config.routers import Router, holds_router
@@ -112,6 +112,20 @@ class SharedConfig(Section):
         return hidden_size * (3 * self.dim + outputs), 2 if self.combine == "coefficient" else 0
 
 
+class StrataConfig(Section):
+    """Stratified MoE (arXiv 2305.02176): see moetrain.moe.strata."""
+
+    sizes: Annotated[list[Positive], Field(min_length=2)]
+    """Experts of each stratum, `num_experts` in all; top_k experts per pass."""
+    norm: bool = False
+    """RMSNorm before every stratum but the first."""
+
+    @property
+    def starts(self) -> list[int]:
+        """The first expert of each stratum."""
+        return [sum(self.sizes[:i]) for i in range(len(self.sizes))]
+
+
 ExpertDim = Annotated[Annotated[Positive, Tag("other")] | Annotated[list[NonNegative], Tag("list")], Discriminator(kind_of)]
 
 
@@ -123,6 +137,8 @@ class MoEConfig(Section):
     """F: intermediate size of one expert; or a list with the size of each (big and small ones, 0: an expert that does nothing, so that its tokens
     skip)."""
     router: Router
+    strata: StrataConfig | None = None
+    """Experts in strata, of which a token passes one to all (Stratified MoE); null: all experts side by side."""
     shared: SharedConfig | None = None
     layers: LayerChoice = None
     """Which layers are sparse: null all, a list of numbers, or `{first, every}` (`{first: 1, every: 2}`: every second one; `{first: 3}`: all but
@@ -141,6 +157,20 @@ class MoEConfig(Section):
             if size:
                 found.setdefault(size, []).append(e)
         return found
+
+    def router_params(self, hidden_size: int) -> tuple[int, int]:
+        """(matrices, others) of a layer's routers, and of the norms between its strata."""
+        if self.strata is None:
+            return self.router.num_params(self.num_experts, hidden_size)
+        each = [self.router.num_params(self.num_experts - start, hidden_size) for start in self.strata.starts]
+        norms = hidden_size * (len(each) - 1) * self.strata.norm
+        return sum(matrices for matrices, _ in each), sum(others for _, others in each) + norms
+
+    @property
+    def default_active(self) -> float:
+        """Experts that a token uses as far as the options alone say: all, where it is learned; with strata every pass."""
+        passes = 1 if self.strata is None else len(self.strata.sizes)
+        return passes * self.router.default_active(self.num_experts)
 
     def mean_sized(self, load: list[float]) -> float:
         """Routes in experts of the mean size that cost what `load`, the routes of each expert, costs."""
@@ -227,7 +257,7 @@ class ModelConfig(Section):
         matrices += dense * 3 * D * self.intermediate_size
         others += dense * self.mlp_bias * (2 * self.intermediate_size + D)
         if self.moe is not None:
-            router, small = self.moe.router.num_params(self.moe.num_experts, D)
+            router, small = self.moe.router_params(D)
             shared, own = (0, 0) if self.moe.shared is None else self.moe.shared.num_params(D)
             matrices += sparse * (experts_per_layer * 3 * D * sum(self.moe.expert_dims) / self.moe.num_experts + router + shared)
             others += sparse * (small + own)
@@ -266,7 +296,7 @@ class ModelConfig(Section):
             return 1
         if mean_active is not None:
             return mean_active
-        return self.moe.router.default_active(self.moe.num_experts)
+        return self.moe.default_active
 
     def idle(self) -> set[str]:
         return set() if self.qk_norm else {"qk_norm_over"}

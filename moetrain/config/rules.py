@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from moetrain.config.base import ConfigError, short
-from moetrain.config.model import ModelConfig, RopeScaling, layer_problems
+from moetrain.config.model import ModelConfig, MoEConfig, RopeScaling, layer_problems
 from moetrain.config.routers import SigmoidSteRouter, TopKRouter
 from moetrain.config.sections import UPCYCLE_OPTIONS, Config, ParallelConfig, UpcycleConfig
 
@@ -125,7 +125,26 @@ def _check_model(model: ModelConfig, parallel: ParallelConfig, bad: list[str]) -
                 f"parallel.dp_shard ({shard}) must divide model.hidden_size ({model.hidden_size}) and twice model.moe.expert_dim ({2 * size})"
             )
     bad += [f"model.moe.router{problem}" for problem in moe.router.problems(moe.num_experts)]
+    if moe.strata is not None:
+        _check_strata(moe, bad)
     bad += [f"model.moe.layers{problem}" for problem in layer_problems(moe.layers, model.num_layers)]
+
+
+def _check_strata(moe: MoEConfig, bad: list[str]) -> None:
+    assert moe.strata is not None, "asked for"
+    sizes, router = moe.strata.sizes, moe.router
+    if sum(sizes) != moe.num_experts:
+        bad.append(f"model.moe.strata.sizes: {sizes} add up to {sum(sizes)}, not to num_experts ({moe.num_experts})")
+    if not isinstance(router, TopKRouter):
+        bad.append(f"model.moe.strata: a token goes on from its best expert, so the router is topk, not {router.type}")
+        return
+    for name in ("selection_bias", "capacity_factor"):
+        if getattr(router, name):
+            bad.append(f"model.moe.router.{name} ({getattr(router, name)}) does not go with model.moe.strata: each stratum has a router of its own")
+    if router.num_groups > 1:
+        bad.append(f"model.moe.router.num_groups ({router.num_groups}) does not go with model.moe.strata: later strata see fewer experts")
+    if router.top_k > sizes[-1]:
+        bad.append(f"model.moe.router.top_k ({router.top_k}) is more than the last stratum has experts ({sizes[-1]})")
 
 
 def _check_mla(model: ModelConfig, bad: list[str]) -> None:

@@ -16,8 +16,8 @@ def dense_config(mixture: ModelConfig, join: str, where: str) -> ModelConfig:
     moe = mixture.moe
     if moe is None:
         raise ValueError(f"upcycle.dense ({where}) is dense already; method to_dense wants a mixture")
-    if isinstance(moe.expert_dim, list):
-        raise ValueError(f"upcycle.dense ({where}): its experts differ in size; to_dense joins experts of one size")
+    if isinstance(moe.expert_dim, list) or moe.strata is not None:
+        raise ValueError(f"upcycle.dense ({where}): its experts differ in size or lie in strata; to_dense joins equal experts side by side")
     size = moe.num_experts * moe.expert_dim if join == "slices" else moe.expert_dim
     if moe.shared is not None:
         if moe.shared.combine != "sum":

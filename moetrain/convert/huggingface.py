@@ -147,7 +147,7 @@ def config_differences(full: ModelConfig, stock: ModelConfig) -> Iterator[tuple[
     elif full.moe is not None and stock.moe is not None:
         if full.moe_layers != stock.moe_layers:
             yield "moe.layers", full.moe_layers, stock.moe_layers
-        for name in ("num_experts", "expert_dim", "shared"):
+        for name in ("num_experts", "expert_dim", "shared", "strata"):
             if getattr(full.moe, name) != getattr(stock.moe, name):
                 yield f"moe.{name}", getattr(full.moe, name), getattr(stock.moe, name)
         if full.moe.router.type != stock.moe.router.type:
@@ -411,7 +411,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _layouts(name: str, shape: tuple[int, ...], kind: str, config: ModelConfig) -> list[_Stored]:
     """Every layout in which a parameter is found, the one to write in a folder of this model_type first."""
-    if name.endswith("router.noise"):
+    if name.endswith(".noise"):
         # Of use in training alone, and no stock architecture has a place for it; it starts at 0.
         return [_Stored((), shape)]
     if ".ffn.shared." in name:
@@ -426,6 +426,8 @@ def _layouts(name: str, shape: tuple[int, ...], kind: str, config: ModelConfig) 
     if mixtral:
         blocks.reverse()
         styles.reverse()
+    if part == "router" and len(rest) > 1:  # one per stratum
+        return [_Stored((f"{blocks[0]}.gate.{'.'.join(rest)}",), shape)]
     if part == "router":
         names = [kind, "e_score_correction_bias"] if kind == "selection_bias" else [kind]
         return [_Stored((f"{block}.gate.{name}",), shape) for name in (reversed(names) if deepseek else names) for block in blocks]
@@ -571,7 +573,7 @@ def architecture(config: ModelConfig) -> str:
     all_or_none = len(sliding) in (0, c.num_layers)
     biased = c.qkv_bias or c.o_bias
     if c.moe is not None:
-        if not isinstance(c.moe.router, TopKRouter) or not all_or_none or c.mlp_bias or isinstance(c.moe.expert_dim, list):
+        if not isinstance(c.moe.router, TopKRouter) or not all_or_none or c.mlp_bias or isinstance(c.moe.expert_dim, list) or c.moe.strata:
             return "moetrain"
         if c.mla is not None:
             return "deepseek_v3" if _is_deepseek(c) else "moetrain"

@@ -109,8 +109,8 @@ def _router(upcycle: UpcycleConfig, num_experts: int) -> Router:
 def _aggregate_config(source: ModelConfig, upcycle: UpcycleConfig) -> ModelConfig:
     if source.moe is None:
         raise ValueError(f"upcycle.dense ({upcycle.dense}) is dense; method aggregate wants mixtures")
-    if isinstance(source.moe.expert_dim, list):
-        raise ValueError(f"upcycle.dense ({upcycle.dense}): its experts differ in size; aggregate wants experts of one size")
+    if isinstance(source.moe.expert_dim, list) or source.moe.strata is not None:
+        raise ValueError(f"upcycle.dense ({upcycle.dense}): its experts differ in size or lie in strata; aggregate wants equal ones side by side")
     num_experts, own = source.moe.num_experts * (1 + len(upcycle.models)), source.moe.router
     router = own if upcycle.router is None else upcycle.router
     # What shapes the router's weights and what they mean is not the user's to change here.

@@ -49,6 +49,10 @@ class MoELayer(nn.Module):
             y = self.shared(x, y)
         return y, LayerReport(routing.losses, statistics(routing.decision, context.valid), routing.sums, routing.scores)
 
+    def routers(self) -> list[nn.Module]:
+        """One, or of strata one each."""
+        return list(self.router) if isinstance(self.router, nn.ModuleList) else [self.router]
+
     def expert_groups(self) -> list[GroupedExperts]:
         """One for each size of expert."""
         return [self.experts] if self.members is None else list(self.experts)  # type: ignore[arg-type, list-item]

@@ -69,8 +69,9 @@ def _shard(model: Transformer, meshes: Meshes, train: TrainConfig) -> None:
                     fully_shard(experts, mesh=meshes.experts, mp_policy=policy, shard_placement_fn=lambda _: Shard(1))
                     sharded.append(experts)
             # The router stays float32 under any policy; it is small, so it is not given back between forward and backward.
-            fully_shard(block.ffn.router, mesh=meshes.dense, mp_policy=exact, reshard_after_forward=False)
-            sharded.append(block.ffn.router)
+            for router in block.ffn.routers():
+                fully_shard(router, mesh=meshes.dense, mp_policy=exact, reshard_after_forward=False)
+                sharded.append(router)
         ignored = _ignored(block, meshes)
         fully_shard(block, mesh=meshes.dense, mp_policy=policy, ignored_params=ignored)
         sharded.append(block)

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from moetrain.config import ModelConfig, MoEConfig, SharedConfig, SigmoidSteRouter, TopKRouter, UpcycleConfig
+from moetrain.config import ModelConfig, MoEConfig, SharedConfig, SigmoidSteRouter, StrataConfig, TopKRouter, UpcycleConfig
 from moetrain.convert.collapse import collapse, dense_config
 from moetrain.convert.huggingface import read_config, read_tensors
-from moetrain.convert.upcycle import upcycle
+from moetrain.convert.upcycle import target_config, upcycle
 from tests.convert.test_huggingface import load_ours, logits, random_tokens, save_stock
 
 
@@ -100,3 +100,13 @@ def test_a_weighted_shared_ffn_is_refused(tmp_path):
     summed = config.model_copy(update={"moe": moe.model_copy(update={"shared": SharedConfig(dim=4)})})
     assert dense_config(summed, "slices", "here").intermediate_size == 20
     assert dense_config(summed, "copies", "here").intermediate_size == 12
+
+
+def test_experts_that_are_not_equal_and_side_by_side_are_refused():
+    for options in (dict(expert_dim=[4, 8]), dict(expert_dim=4, strata=StrataConfig(sizes=[1, 1]))):
+        moe = MoEConfig(num_experts=2, router=TopKRouter(top_k=1), **options)
+        config = ModelConfig(vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=16, moe=moe)
+        with pytest.raises(ValueError, match="differ in size or lie in strata"):
+            dense_config(config, "slices", "here")
+        with pytest.raises(ValueError, match="differ in size or lie in strata"):
+            target_config(config, UpcycleConfig(dense="a", output="b", method="aggregate", models=["c"]))

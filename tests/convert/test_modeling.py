@@ -7,7 +7,18 @@ import pytest
 import torch
 import transformers as hf
 
-from moetrain.config import GenerateConfig, LayerRange, MLAConfig, ModelConfig, MoEConfig, RopeScaling, SharedConfig, SigmoidSteRouter, TopKRouter
+from moetrain.config import (
+    GenerateConfig,
+    LayerRange,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeScaling,
+    SharedConfig,
+    SigmoidSteRouter,
+    StrataConfig,
+    TopKRouter,
+)
 from moetrain.convert.huggingface import read_config, read_tensors, write_model
 from moetrain.generate import generate
 from moetrain.model import Transformer, init_weights
@@ -50,6 +61,10 @@ MODELS = {
     "mla_dense": dict(router=None, mla=LATENT, num_kv_heads=None),
     "unequal": dict(router=SigmoidSteRouter(), moe=dict(num_experts=5, expert_dim=[8, 0, 5, 8, 0])),
     "big_or_small": dict(router=TopKRouter(top_k=1, output_scale=2.0), moe=dict(expert_dim=[16, 4, 16, 4])),
+    "strata": dict(router=TopKRouter(top_k=1, normalize=False), moe=dict(strata=StrataConfig(sizes=[2, 2]))),
+    "strata_norm": dict(
+        router=TopKRouter(top_k=2, noise=True), moe=dict(num_experts=6, strata=StrataConfig(sizes=[2, 2, 2], norm=True), shared=SharedConfig(dim=4)),
+    ),
     "some_sparse": dict(router=SigmoidSteRouter(), moe=dict(layers=[1])),
     "every_second": dict(router=TopKRouter(top_k=2), moe=dict(layers=LayerRange(first=-2, every=2)), num_layers=3),
     "one_expert": dict(router=SigmoidSteRouter(), num_experts=1),
@@ -97,7 +112,7 @@ def test_logits_cache_padding_and_generation(name, tmp_path):
     scale = {"topk": 2.0, "big_or_small": 2.0, "deepseek": 2.5}.get(name, 1.0)  # output_scale, multiplied into `down`
     for key, p in ours.named_parameters():
         # What only training uses is left out.
-        wanted = p * scale if ".experts." in key and key.endswith(".down") else p * 0 if key.endswith("router.noise") else p
+        wanted = p * scale if ".experts." in key and key.endswith(".down") else p * 0 if key.endswith(".noise") else p
         assert torch.equal(read[key].to(p.dtype), wanted)
     # In pieces through the cache.
     cache, pieces = None, []

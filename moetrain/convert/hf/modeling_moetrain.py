@@ -274,7 +274,14 @@ class MoE(nn.Module):
         self.options = moe["router"]
         if self.options["type"] not in ("sigmoid_ste", "topk"):
             raise ValueError(f"moe.router.type is {self.options['type']!r}; supported: sigmoid_ste, topk")
-        self.gate = Gate(D, moe["num_experts"], self.options)
+        self.strata = moe["strata"]["sizes"] if moe.get("strata") else None
+        E = moe["num_experts"]
+        if self.strata is None:
+            self.gate = Gate(D, E, self.options)
+        else:
+            starts = [sum(self.strata[:i]) for i in range(len(self.strata))]
+            self.gate = nn.ModuleList(Gate(D, E - start, self.options) for start in starts)
+            self.norms = nn.ModuleList(RMSNorm(D, config["norm_eps"]) for _ in starts[1:] if moe["strata"]["norm"])
         sizes = moe["expert_dim"] if isinstance(moe["expert_dim"], list) else [moe["expert_dim"]] * moe["num_experts"]
         self.experts = nn.ModuleList(FeedForward(D, size) if size else nn.Identity() for size in sizes)
         self.idle = [e for e, size in enumerate(sizes) if not size]
@@ -283,7 +290,29 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """x: (B, S, D), normed. residual: the stream before the norm. Returns (B, S, D)."""
         shape, x = x.shape, x.flatten(0, 1)
-        weights, active = self.route(residual.flatten(0, 1) if self.options.get("input") == "residual" else x)
+        if self.strata is None:
+            y = self.compute(x, *self.route(self.gate, residual.flatten(0, 1) if self.options.get("input") == "residual" else x))
+        else:
+            y = self.pass_strata(x)
+        return (y if self.shared is None else self.shared(x, y)).view(shape)
+
+    def pass_strata(self, x: Tensor) -> Tensor:
+        """Stratified MoE: the best expert's stratum says where a token goes on, and a pass sees what came before it."""
+        y, state = torch.zeros_like(x), torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        stratum = torch.tensor([i for i, size in enumerate(self.strata) for _ in range(size)], device=x.device)
+        for i, gate in enumerate(self.gate):
+            here = state == i
+            seen = x + y if i else x
+            seen = self.norms[i - 1](seen) if i and len(self.norms) else seen
+            weights, active = self.route(gate, seen)
+            first = len(stratum) - weights.shape[1]
+            weights, active = F.pad(weights * here[:, None], (first, 0)), F.pad(active & here[:, None], (first, 0))
+            y = y + self.compute(seen, weights, active)
+            state = torch.where(here, stratum[weights.argmax(-1)] + 1, state)
+        return y
+
+    def compute(self, x: Tensor, weights: Tensor, active: Tensor) -> Tensor:
+        """x: (T, D); weights, active: (T, E). Returns (T, D)."""
         # The outputs of a token's experts are added in float32, as in training.
         y = torch.zeros(x.shape, dtype=_wide(x), device=x.device)
         for e in active.any(0).nonzero().flatten().tolist():
@@ -291,19 +320,18 @@ class MoE(nn.Module):
                 continue  # an expert without neurons: its tokens skip
             tokens = active[:, e].nonzero().flatten()
             y.index_add_(0, tokens, self.experts[e](x[tokens]).to(y.dtype) * weights[tokens, e, None].to(y.dtype))
-        y = y.to(x.dtype)
-        return (y if self.shared is None else self.shared(x, y)).view(shape)
+        return y.to(x.dtype)
 
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def route(self, gate: Gate, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (T, D). Returns weights (T, E), 0 where there is no route, and the routes (T, E) bool."""
         options, dtype = self.options, _wide(x)
-        logits = self.gate(x)
+        logits = gate(x)
         if options["type"] == "topk":
             sigmoid = options.get("score") == "sigmoid"
             scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
             ranking = scores if sigmoid else logits
-            if self.gate.selection_bias is not None:
-                ranking = ranking + self.gate.selection_bias.to(dtype)
+            if gate.selection_bias is not None:
+                ranking = ranking + gate.selection_bias.to(dtype)
             if options.get("num_groups", 1) > 1:
                 ranking = _within_groups(ranking, options["num_groups"], options["top_groups"], options["top_k"])
             chosen = ranking.sort(dim=-1, descending=True, stable=True).indices[:, : options["top_k"]]
