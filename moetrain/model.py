@@ -32,6 +32,7 @@ from moetrain.attention import (
 )
 from moetrain.config import ModelConfig
 from moetrain.modules import Linear, RMSNorm, SwiGLU
+from moetrain.moe.finedeep import Finedeep
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.routing import LayerReport, TokenContext
 from moetrain.moe.strata import StratifiedMoELayer
@@ -95,7 +96,7 @@ class Block(nn.Module):
 def build_ffn(config: ModelConfig, layer: int) -> nn.Module:
     """What a block has behind its attention, of whichever kind."""
     if layer not in config.moe_layers:
-        return FeedForward(config)
+        return FeedForward(config) if config.finedeep is None else Finedeep(config)
     assert config.moe is not None, "a dense model has no MoE layers"
     return MoELayer(config, layer) if config.moe.strata is None else StratifiedMoELayer(config, layer)
 
@@ -238,7 +239,7 @@ def initial_tensor(name: str, shape: Sequence[int], config: ModelConfig, seed: i
 
     A function of name, shape, config and seed alone, so every layout of ranks starts from the same weights. Norms are 1, biases 0 (the
     router's: `bias_init`), the weights of a router's noise 0, matrices normal; what writes into the residual stream is divided by
-    sqrt(2 * num_layers) (GPT-2).
+    sqrt(2 * num_layers) (GPT-2; with Finedeep's M sub-layers (1 + M) * num_layers).
     """
     if name.endswith("norm.weight") or ".norms." in name:
         return torch.ones(*shape, device="cpu")
@@ -252,7 +253,9 @@ def initial_tensor(name: str, shape: Sequence[int], config: ModelConfig, seed: i
     if config.moe is not None and ".router." in name and name.endswith((".weight", ".output")):
         std = config.moe.router.init_std
     elif name.endswith(("o_proj.weight", "down_proj.weight", ".down")):
-        std /= math.sqrt(2 * config.num_layers)
+        # So many summands of a layer go into the stream.
+        writes = 2 if config.finedeep is None else 1 + config.finedeep.sublayers
+        std /= math.sqrt(writes * config.num_layers)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.empty(tuple(shape), device="cpu").normal_(0, std, generator=generator)

@@ -431,6 +431,9 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": moe({**_TOP2, "capacity_factor": 1.0}, strata={"sizes": [4, 4]})}, "router.capacity_factor (1.0) does not go with model.moe.strata"),
     ({"model": moe({**_TOP2, "score": "sigmoid", "num_groups": 2, "top_groups": 2}, strata={"sizes": [4, 4]})}, "num_groups (2) does not go with"),
     ({"model": moe(_TOP2, strata={"sizes": [7, 1]})}, "model.moe.router.top_k (2) is more than the last stratum has experts (1)"),
+    ({"model": model(finedeep={"sublayers": 3, "experts": 2})}, "model.intermediate_size (16) must be a multiple of model.finedeep.sublayers x experts (3 x 2"),
+    ({"model": model(finedeep={"sublayers": 2, "experts": 2}, mlp_bias=True)}, "model.mlp_bias: the experts of model.finedeep have no bias"),
+    ({"model": moe(finedeep={"sublayers": 2, "experts": 2})}, "model.finedeep is the kind of FFN of dense layers"),
     ({"prepare": {"inputs": ["a"], "output": "b", "extensions": [".txt", "py"]}}, "prepare.extensions: 'py' would match every name that ends so; write .py"),
     ({"model": moe({**_TOP2, "cosine_temperature": 0.1})}, "router.cosine_temperature (0.1) has an effect only with gate: cosine, not linear"),
     ({"model": moe({**_TOP2, "score": "sigmoid", "noise": True})}, "router.noise: noisy top-k is for score: softmax, not sigmoid"),
@@ -553,6 +556,8 @@ READ: dict[str, tuple[str, str]] = {
     "RopeScaling.mscale_all_dim": ("attention.py", "rope_scaling.mscale_all_dim"),
     "StrataConfig.sizes": ("moe/strata.py", "strata.sizes"),
     "StrataConfig.norm": ("moe/strata.py", "strata.norm"),
+    "FinedeepConfig.sublayers": ("moe/finedeep.py", "finedeep.sublayers"),
+    "FinedeepConfig.experts": ("moe/finedeep.py", "finedeep.experts"),
     "SharedConfig.dim": ("moe/shared.py", "options.dim"),
     "SharedConfig.combine": ("moe/shared.py", "options.combine"),
     "LayerRange.first": ("config/model.py", "choice.first"),
@@ -707,6 +712,7 @@ MODELS = {
     "mla_bias": moe({"type": "topk", "top_k": 8}, mla={**_MLA, "q_lora_rank": 6}, qkv_bias=True, o_bias=True, layers=[1]),
     "unequal": moe(_ALL_OPEN, expert_dim=[6, 0, 3, 6, 3, 0, 1, 5]),
     "strata": moe({"type": "topk", "top_k": 2, "noise": True}, strata={"sizes": [3, 3, 2], "norm": True}),
+    "finedeep": model(finedeep={"sublayers": 2, "experts": 4}),
     "some_sparse": moe(_ALL_OPEN, layers={"first": 1, "every": 2}, num_layers=5, intermediate_size=20),
 }
 
@@ -725,7 +731,7 @@ def test_num_params(name: str) -> None:
         assert config.num_active_params(active) == sum(built.values()) - experts * (1 - active / 8)
 
 
-@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk", "topk_mlp_noise", "topk_bias", "some_sparse", "shared_gate", "shared_coefficient", "mla", "mla_plain", "unequal"])
+@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk", "topk_mlp_noise", "topk_bias", "some_sparse", "shared_gate", "shared_coefficient", "mla", "mla_plain", "unequal", "finedeep"])
 @pytest.mark.parametrize("length", [8, 64])
 def test_flops_per_token(name: str, length: int) -> None:
     """Against torch's count of a forward pass in which every expert is active, number for number.

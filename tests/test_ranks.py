@@ -38,6 +38,9 @@ LAYERS: dict[str, dict[str, Any]] = {
         "router": {"type": "topk", "top_k": 2, "balance_over": "global_batch", "jitter": 0.1}, "strata": {"sizes": [4, 2, 2], "norm": True},
         "layers": [1],
     },
+    "finedeep": {
+        "router": {"type": "topk", "top_k": 2}, "layers": [1], "model__finedeep": {"sublayers": 2, "experts": 4},
+    },
     "dense_first": {
         "router": {"type": "topk", "top_k": 2, "score": "sigmoid", "selection_bias": True, "balance_over": "global_batch"}, "layers": [1],
     },

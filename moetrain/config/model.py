@@ -178,6 +178,15 @@ class MoEConfig(Section):
         return sum(n * size for n, size in zip(load, dims, strict=True)) * len(dims) / sum(dims)
 
 
+class FinedeepConfig(Section):
+    """Finedeep (arXiv 2502.12928), a reconstruction: see moetrain.moe.finedeep."""
+
+    sublayers: Positive
+    """M, one after the other."""
+    experts: Positive
+    """K per sub-layer; M K divides intermediate_size."""
+
+
 @holds_router
 class ModelConfig(Section):
     """A decoder Transformer; the names follow Hugging Face's where the thing is the same."""
@@ -215,6 +224,8 @@ class ModelConfig(Section):
     sliding_layers: list[int] | None = None
     """Layers with the sliding window; null: all, when `sliding_window` is set."""
     init_std: PositiveFloat = 0.02
+    finedeep: FinedeepConfig | None = None
+    """The FFNs of dense layers are stacks of sub-layers of output-gated experts; null: plain FFNs."""
     moe: MoEConfig | None = None
 
     @property
@@ -256,6 +267,9 @@ class ModelConfig(Section):
         matrices, others = self.num_layers * matrices, self.num_layers * others
         matrices += dense * 3 * D * self.intermediate_size
         others += dense * self.mlp_bias * (2 * self.intermediate_size + D)
+        if self.finedeep is not None:
+            matrices += dense * self.finedeep.sublayers * self.finedeep.experts * D
+            others += dense * (self.finedeep.sublayers - 1) * D
         if self.moe is not None:
             router, small = self.moe.router_params(D)
             shared, own = (0, 0) if self.moe.shared is None else self.moe.shared.num_params(D)

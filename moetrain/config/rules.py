@@ -96,6 +96,17 @@ def _check_model(model: ModelConfig, parallel: ParallelConfig, bad: list[str]) -
                 bad.append(f"model.rope_scaling.{name} ({getattr(scaling, name)}) has no effect with type: {scaling.type}{without}")
         if scaling.mscale is not None and (scaling.mscale_all_dim is None or scaling.attention_factor is not None):
             bad.append(f"model.rope_scaling.mscale ({scaling.mscale}) has an effect only with mscale_all_dim and without attention_factor")
+    if model.finedeep is not None:
+        pieces = model.finedeep.sublayers * model.finedeep.experts
+        if model.intermediate_size % pieces:
+            bad.append(
+                f"model.intermediate_size ({model.intermediate_size}) must be a multiple of model.finedeep.sublayers x experts "
+                f"({model.finedeep.sublayers} x {model.finedeep.experts} = {pieces})"
+            )
+        if model.mlp_bias:
+            bad.append("model.mlp_bias: the experts of model.finedeep have no bias; set mlp_bias: false")
+        if model.num_moe_layers == model.num_layers:
+            bad.append("model.finedeep is the kind of FFN of dense layers, and model.moe makes every layer sparse; see model.moe.layers")
     if model.moe is None:
         if parallel.ep > 1:
             bad.append(f"parallel.ep ({parallel.ep}) needs model.moe: a dense model has no experts to share; use dp_shard")

@@ -572,6 +572,8 @@ def architecture(config: ModelConfig) -> str:
     sliding = _sliding_layers(c)
     all_or_none = len(sliding) in (0, c.num_layers)
     biased = c.qkv_bias or c.o_bias
+    if c.finedeep is not None:
+        return "moetrain"
     if c.moe is not None:
         if not isinstance(c.moe.router, TopKRouter) or not all_or_none or c.mlp_bias or isinstance(c.moe.expert_dim, list) or c.moe.strata:
             return "moetrain"

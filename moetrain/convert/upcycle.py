@@ -62,6 +62,8 @@ def target_config(source: ModelConfig, upcycle: UpcycleConfig) -> ModelConfig:
         return _aggregate_config(source, upcycle)
     if source.moe is not None:
         raise ValueError(f"upcycle.dense ({upcycle.dense}) is a mixture of {source.moe.num_experts} experts already; give a dense model")
+    if source.finedeep is not None:
+        raise ValueError(f"upcycle.dense ({upcycle.dense}) has model.finedeep; a stack of gated sub-layers can't be cut or copied; give a plain FFN")
     if source.mlp_bias:
         raise ValueError(
             f"upcycle.dense ({upcycle.dense}) has mlp_bias: true; experts have no bias, and a bias can't be cut into slices that add up"

@@ -8,6 +8,7 @@ import torch
 import transformers as hf
 
 from moetrain.config import (
+    FinedeepConfig,
     GenerateConfig,
     LayerRange,
     MLAConfig,
@@ -65,6 +66,8 @@ MODELS = {
     "strata_norm": dict(
         router=TopKRouter(top_k=2, noise=True), moe=dict(num_experts=6, strata=StrataConfig(sizes=[2, 2, 2], norm=True), shared=SharedConfig(dim=4)),
     ),
+    "finedeep": dict(router=None, finedeep=FinedeepConfig(sublayers=2, experts=4)),
+    "finedeep_below": dict(router=SigmoidSteRouter(), finedeep=FinedeepConfig(sublayers=4, experts=1), moe=dict(layers=[1])),
     "some_sparse": dict(router=SigmoidSteRouter(), moe=dict(layers=[1])),
     "every_second": dict(router=TopKRouter(top_k=2), moe=dict(layers=LayerRange(first=-2, every=2)), num_layers=3),
     "one_expert": dict(router=SigmoidSteRouter(), num_experts=1),

@@ -13,8 +13,8 @@ import pytest
 import torch
 import transformers as hf
 
-from moetrain.config import LayerRange, SigmoidSteRouter, TopKRouter, UpcycleConfig
-from moetrain.convert.huggingface import parameter_shapes, read_config, read_tensors
+from moetrain.config import FinedeepConfig, LayerRange, ModelConfig, SigmoidSteRouter, TopKRouter, UpcycleConfig
+from moetrain.convert.huggingface import parameter_shapes, read_config, read_tensors, write_model
 from moetrain.convert.upcycle import upcycle
 from moetrain.model import Transformer, initial_tensor
 from tests.convert.test_huggingface import FAMILIES, load_ours, logits, random_tokens, save_stock
@@ -117,12 +117,17 @@ def test_refusals_write_nothing(tmp_path):
     save_stock("llama_biases", tmp_path / "bias")
     save_stock("llama", tmp_path / "dense")
     save_stock("mixtral", tmp_path / "moe")
+    deep = ModelConfig(
+        vocab_size=61, hidden_size=32, num_layers=1, num_heads=4, intermediate_size=48, finedeep=FinedeepConfig(sublayers=2, experts=2),
+    )  # fmt: skip
+    write_model(tmp_path / "deep", deep, ((n, torch.zeros(s)) for n, s in parameter_shapes(deep).items()))
     out = str(tmp_path / "out")
     for options, message in (
         (dict(dense="bias"), "mlp_bias: true"),
         (dict(dense="moe"), "mixture of 4 experts already"),
         (dict(dense="dense", num_experts=7), r"upcycle.num_experts \(7\) does not divide intermediate_size \(48\).*nearest that does: 6"),
         (dict(dense="nowhere"), "nowhere"),
+        (dict(dense="deep"), "has model.finedeep; a stack of gated sub-layers"),
         (dict(dense="dense", layers=[2]), r"upcycle.layers: \[2\] outside 0..1, the layers of"),
     ):
         options["dense"] = str(tmp_path / options["dense"])
@@ -130,7 +135,7 @@ def test_refusals_write_nothing(tmp_path):
             upcycle(UpcycleConfig(output=out, **options))
     with pytest.raises(ValueError, match="exists and is not empty"):
         upcycle(UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "moe")))
-    assert sorted(os.listdir(tmp_path)) == ["bias", "dense", "moe"]
+    assert sorted(os.listdir(tmp_path)) == ["bias", "deep", "dense", "moe"]
 
 
 def test_killed_run_leaves_no_folder_of_that_name(tmp_path):

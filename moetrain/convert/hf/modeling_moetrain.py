@@ -221,6 +221,41 @@ class FeedForward(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Sublayer(nn.Module):
+    """Of Finedeep: sum_k sigmoid(<y_k, w_k>) y_k over the outputs y_k of small SwiGLU experts."""
+
+    def __init__(self, dim: int, experts: int, inner: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(experts, 2 * inner, dim))
+        self.down = nn.Parameter(torch.empty(experts, dim, inner))
+        self.output_gate = nn.Parameter(torch.empty(experts, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, S, D). Returns (B, S, D)."""
+        gate, up = torch.einsum("bsd,kfd->bskf", x, self.gate_up).chunk(2, dim=-1)
+        outputs = torch.einsum("bskf,kdf->bskd", F.silu(gate) * up, self.down)
+        dtype = _wide(x)
+        gates = torch.einsum("bskd,kd->bsk", outputs.to(dtype), self.output_gate.to(dtype)).sigmoid()
+        return (gates[..., None] * outputs).sum(-2).to(x.dtype)
+
+
+class Finedeep(nn.Module):
+    """Sub-layers one after the other, with norm and residual; the first one's norm is the layer's own."""
+
+    def __init__(self, config: dict) -> None:
+        super().__init__()
+        M, K, D = config["finedeep"]["sublayers"], config["finedeep"]["experts"], config["hidden_size"]
+        self.sublayers = nn.ModuleList(Sublayer(D, K, config["intermediate_size"] // (M * K)) for _ in range(M))
+        self.norms = nn.ModuleList(RMSNorm(D, config["norm_eps"]) for _ in range(M - 1))
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x: (B, S, D), normed. residual: the stream before the norm. Returns (B, S, D)."""
+        y = self.sublayers[0](x)
+        for sublayer, norm in zip(self.sublayers[1:], self.norms):
+            y = y + sublayer(norm(residual + y))
+        return y
+
+
 class Shared(FeedForward):
     """A fixed FFN beside the experts, added to their sum y, or weighted token by token."""
 
@@ -378,13 +413,15 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(D, eps)
         self.self_attn = LatentAttention(config, layer) if config.get("mla") else Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(D, eps)
-        sparse = layer in _moe_layers(config)
-        self.mlp = MoE(config) if sparse else FeedForward(D, config["intermediate_size"], config["mlp_bias"])
+        if layer in _moe_layers(config):
+            self.mlp = MoE(config)
+        else:
+            self.mlp = Finedeep(config) if config.get("finedeep") else FeedForward(D, config["intermediate_size"], config["mlp_bias"])
 
     def forward(self, x: Tensor, *attention: Any) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), *attention)
         normed = self.post_attention_layernorm(x)
-        return x + (self.mlp(normed, x) if isinstance(self.mlp, MoE) else self.mlp(normed))
+        return x + (self.mlp(normed) if isinstance(self.mlp, FeedForward) else self.mlp(normed, x))
 
 
 class Decoder(nn.Module):
@@ -423,6 +460,9 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
+        elif isinstance(module, Sublayer):
+            for parameter in module.parameters():
+                nn.init.normal_(parameter, std=self.config.initializer_range)
         elif isinstance(module, Gate):
             for name, parameter in module.named_parameters():
                 nn.init.zeros_(parameter) if "bias" in name else nn.init.normal_(parameter, std=self.config.initializer_range)
