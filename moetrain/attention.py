@@ -21,44 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetrain.config import ModelConfig
+from moetrain.modules import Linear, RMSNorm
 
 Backend = Literal["flash", "flex", "sdpa"]
-
-
-class Linear(nn.Module):
-    """y = x W^T + b in the dtype of x, whatever the dtype the weight is kept in."""
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((out_features, in_features), math.nan))
-        self.bias = nn.Parameter(torch.full((out_features,), math.nan)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dim; the mean of squares is taken in float32 (float64 for float64)."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((dim,), math.nan))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 
 # ------------------------------------------------------------------------------------------------------------------ positions
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """Rotary frequencies (C/2,), float32 on the CPU, and the factor on cos and sin.
+    """Rotary frequencies (C/2,), float32 on the CPU, and the factor on cos and sin; C is the part of a head that is rotated.
 
     RoFormer (arXiv 2104.09864); `llama3` as in LLaMA 3.1's release; `yarn` is NTK-by-parts, YaRN (arXiv 2309.00071) Eqs. 17-23. Float32
     throughout, since released checkpoints were trained with frequencies rounded to it.
     """
-    dim, base, scaling = config.head_size, config.rope_theta, config.rope_scaling
+    dim, base, scaling = config.rope_size, config.rope_theta, config.rope_scaling
     periods = base ** (torch.arange(0, dim, 2, dtype=torch.int64, device="cpu").float() / dim)
     frequencies = 1.0 / periods
     if scaling is None:
@@ -86,7 +63,9 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     ramp = torch.clamp((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - first) / max(last - first, 1e-3), 0, 1)
     keep = 1 - ramp
     frequencies = 1.0 / (scaling.factor * periods) * (1 - keep) + frequencies * keep
-    default = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    default = scaling.magnitude(1.0)
+    if scaling.mscale is not None and scaling.mscale_all_dim is not None:
+        default = scaling.magnitude(scaling.mscale) / scaling.magnitude(scaling.mscale_all_dim)
     return frequencies, default if scaling.attention_factor is None else scaling.attention_factor
 
 
@@ -146,17 +125,23 @@ def document_positions(document_ids: Tensor) -> Tensor:
 
 
 def make_layout(
-    cos: Tensor, sin: Tensor, document_ids: Tensor | None, windows: set[int | None], dtype: torch.dtype, backend: Backend | None = None
+    cos: Tensor,
+    sin: Tensor,
+    document_ids: Tensor | None,
+    windows: set[int | None],
+    dtype: torch.dtype,
+    backend: Backend | None = None,
+    head_dim: int | None = None,
 ) -> Layout:
     """Layout of one batch.
 
     cos, sin: (B, S, 1, C). document_ids: (B, S) int32 or None (one document per row). windows: those that the layers have. backend: null
-    chooses.
+    chooses. head_dim: of queries and keys; null: C, all of it rotated.
     """
     B, S, _, C = cos.shape
     windows = {None if w is None or w >= S else w for w in windows}
     if backend is None:
-        backend = choose_backend(cos.device, dtype, C, masked=document_ids is not None or windows != {None})
+        backend = choose_backend(cos.device, dtype, head_dim or C, masked=document_ids is not None or windows != {None})
     if backend == "flex":
         return Layout(cos, sin, backend, block_masks={w: _block_mask(B, S, document_ids, w, cos.device) for w in windows})
     lengths: tuple[int, ...] | None = None
@@ -179,49 +164,52 @@ def make_layout(
     return Layout(cos, sin, backend, lengths=lengths, bands=bands)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None) -> Tensor:
-    """softmax(q k^T / sqrt(C)) v over the keys of the same document at the same position or before, at most `window` of them.
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None, scale: float | None = None) -> Tensor:
+    """softmax(scale q k^T) v over the keys of the same document at the same position or before, at most `window` of them.
 
-    q: (B, S, H, C); k, v: (B, S, K, C) with K dividing H. Returns (B, S, H, C).
+    q: (B, S, H, C); k: (B, S, K, C), v: (B, S, K, C') with K dividing H and C' at most C. scale: None: 1 / sqrt(C). Returns (B, S, H, C').
     """
     B, S, H, C = q.shape
     if layout.backend == "flash":
-        return _flash(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), layout, window).view(B, S, H, C)
+        # flash-attn has one head dim for all three.
+        padded = F.pad(v, (0, C - v.shape[-1]))
+        out = _flash(q.flatten(0, 1), k.flatten(0, 1), padded.flatten(0, 1), layout, window, scale)
+        return out.view(B, S, H, C)[..., : v.shape[-1]]
     if layout.backend == "flex":
         assert layout.block_masks is not None, "made by make_layout"
         mask = layout.block_masks[None if window is None or window >= S else window]
         call = _compiled("flex_attention") if q.is_cuda else _flex("flex_attention")
-        out = call(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask, enable_gqa=True)
+        out = call(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask, enable_gqa=True, scale=scale)
         return out.transpose(1, 2)
     if layout.lengths is None:
-        return _sdpa(q, k, v, layout, window)
+        return _sdpa(q, k, v, layout, window, scale)
     # `split` and not slices: its backward is one concatenation instead of one full-size zero tensor per document.
     parts = zip(*(x.flatten(0, 1).split(layout.lengths) for x in (q, k, v)), strict=True)
-    return torch.cat([_sdpa(a[None], b[None], c[None], layout, window)[0] for a, b, c in parts]).view(B, S, H, C)
+    return torch.cat([_sdpa(a[None], b[None], c[None], layout, window, scale)[0] for a, b, c in parts]).view(B, S, H, -1)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None, scale: float | None) -> Tensor:
     S = q.shape[1]
     mask = None
     if window is not None and window < S:
         assert layout.bands is not None, "made by make_layout"
         mask = layout.bands[window][:S, :S]
-    return _scaled_dot_product(q, k, v, mask, causal=mask is None)
+    return _scaled_dot_product(q, k, v, mask, mask is None, scale)
 
 
-def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None) -> Tensor:
+def _flash(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None, scale: float | None) -> Tensor:
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
     bounds, longest = layout.bounds, layout.longest
     # flash-attn counts the positions to the left without the query's own.
     size = (-1, -1) if window is None else (window - 1, 0)
-    return flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, causal=True, window_size=size)
+    return flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, softmax_scale=scale, causal=True, window_size=size)
 
 
 def _flex(name: str) -> Callable:
@@ -297,7 +285,8 @@ def describe_backends() -> list[tuple[str, str]]:
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, for generation without gradients; room for all of them is taken at the start.
+    """Keys and values of the positions seen so far, for generation without gradients; room for all of them is taken at the start. Of latent
+    attention, in their place, the latents and the rotated part that all heads' keys share.
 
     Windows are kept by masking, so a cache holds `max_len` positions whatever the window.
     """
@@ -305,9 +294,12 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, batch_size: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
-        shape = (config.num_layers, batch_size, max_len, config.kv_heads, config.head_size)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        heads, key, value = config.kv_heads, config.head_size, config.head_size
+        if config.mla is not None:
+            heads, key, value = 1, config.mla.kv_lora_rank, config.mla.qk_rope_head_dim
+        room = (config.num_layers, batch_size, max_len, heads)
+        self.keys = torch.zeros((*room, key), dtype=dtype, device=device)
+        self.values = torch.zeros((*room, value), dtype=dtype, device=device)
         self.length = 0
         """Positions that every layer has stored; the model moves it forward at the end of a pass."""
 
@@ -317,19 +309,27 @@ class KVCache:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """Store k and v (B, S, K, C) behind what is there and let q (B, S, H, C) see all of it. Returns (B, S, H, C)."""
-        start, S = self.length, q.shape[1]
-        end = start + S
+        return self.look(q, *self.store(layer, k, v), window)
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, S, K, C) behind what is there. Returns all of it, (B, positions, K, C)."""
+        start, end = self.length, self.length + k.shape[1]
         if end > self.max_len:
             raise ValueError(f"KVCache: position {end} is beyond max_len ({self.max_len}); make a longer cache")
         self.keys[layer, :, start:end] = k
         self.values[layer, :, start:end] = v
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+    def look(self, q: Tensor, keys: Tensor, values: Tensor, window: int | None, scale: float | None = None) -> Tensor:
+        """Attention of the newest positions' q (B, S, H, C) to all positions' keys (B, positions, K, C) and values. Returns (B, S, H, C')."""
+        start, S, end = self.length, q.shape[1], keys.shape[1]
         first = 0 if window is None else max(0, start + 1 - window)
-        keys, values = self.keys[layer, :, first:end], self.values[layer, :, first:end]
+        keys, values = keys[:, first:], values[:, first:]
         mask = None
         if S > 1 and (start > 0 or (window is not None and window < S)):
             distance = torch.arange(start, end, device=q.device)[:, None] - torch.arange(first, end, device=q.device)
             mask = (distance >= 0) & (distance < (window or end))
-        return _scaled_dot_product(q, keys, values, mask, causal=S > 1 and mask is None)
+        return _scaled_dot_product(q, keys, values, mask, S > 1 and mask is None, scale)
 
 
 # ----------------------------------------------------------------------------------------------------------------- the module
@@ -364,6 +364,60 @@ class Attention(nn.Module):
         q, k = rotate(q, layout.cos, layout.sin), rotate(k, layout.cos, layout.sin)
         out = attend(q, k, v, layout, self.window) if cache is None else cache.attend(self.layer, q, k, v, self.window)
         return self.o_proj(out.reshape(*x.shape[:2], -1))
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention of one layer (DeepSeek-V2, arXiv 2405.04434, section 2.1; written after transformers' DeepSeek-V3).
+
+    c = norm(x W_a) (R), r = rope(x W_r), one for all heads; k_h = [c W_k,h; r], v_h = c W_v,h; queries likewise from a latent of their own, or from
+    x. The logits are divided by sqrt(nope + rope), and multiplied by the square of YaRN's magnitude where `mscale_all_dim` is set.
+    """
+
+    NORM_EPS = 1e-6  # of the latents' norms, whatever the model's `norm_eps`: so in DeepSeek's code and in transformers'
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        assert config.mla is not None, "Attention computes a model without latents"
+        self.layer, self.mla = layer, config.mla
+        D, H, m = config.hidden_size, config.num_heads, config.mla
+        if m.q_lora_rank is None:
+            self.q_proj = Linear(D, H * config.head_size)
+        else:
+            self.q_a_proj = Linear(D, m.q_lora_rank, config.qkv_bias)
+            self.q_a_norm = RMSNorm(m.q_lora_rank, self.NORM_EPS)
+            self.q_b_proj = Linear(m.q_lora_rank, H * config.head_size)
+        self.kv_a_proj = Linear(D, m.kv_lora_rank + m.qk_rope_head_dim, config.qkv_bias)
+        self.kv_a_norm = RMSNorm(m.kv_lora_rank, self.NORM_EPS)
+        self.kv_b_proj = Linear(m.kv_lora_rank, H * (m.qk_nope_head_dim + m.v_head_dim))
+        self.o_proj = Linear(H * m.v_head_dim, D, config.o_bias)
+        self.scale = config.head_size**-0.5
+        if config.rope_scaling is not None and config.rope_scaling.mscale_all_dim is not None:
+            self.scale *= config.rope_scaling.magnitude(config.rope_scaling.mscale_all_dim) ** 2
+
+    def forward(self, x: Tensor, layout: Layout, cache: KVCache | None = None) -> Tensor:
+        """x: (B, S, D), normed. Returns (B, S, D) in the dtype of x."""
+        m, (B, S, _) = self.mla, x.shape
+        q = self.q_proj(x) if m.q_lora_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
+        q, q_rope = q.view(B, S, -1, m.qk_nope_head_dim + m.qk_rope_head_dim).split([m.qk_nope_head_dim, m.qk_rope_head_dim], dim=-1)
+        latent, rope = self.kv_a_proj(x)[:, :, None].split([m.kv_lora_rank, m.qk_rope_head_dim], dim=-1)
+        latent, rope = self.kv_a_norm(latent), self._rotate(rope, layout)
+        q = torch.cat((q, self._rotate(q_rope, layout)), dim=-1)
+        if cache is None:
+            out = attend(q, *self._expand(latent, rope), layout, None, self.scale)
+        else:
+            out = cache.look(q, *self._expand(*cache.store(self.layer, latent, rope)), None, self.scale)
+        return self.o_proj(out.reshape(B, S, -1))
+
+    def _expand(self, latent: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        """latent (B, L, 1, R), rope (B, L, 1, C_r) -> every head's keys (B, L, H, C) and values (B, L, H, C')."""
+        m = self.mla
+        both = self.kv_b_proj(latent[:, :, 0]).view(*latent.shape[:2], -1, m.qk_nope_head_dim + m.v_head_dim)
+        k, v = both.split([m.qk_nope_head_dim, m.v_head_dim], dim=-1)
+        return torch.cat((k, rope.expand(-1, -1, k.shape[2], -1)), dim=-1), v
+
+    def _rotate(self, x: Tensor, layout: Layout) -> Tensor:
+        # Neighbours become halves; queries and keys alike, so that their product is the same.
+        return rotate(torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1) if self.mla.rope_interleave else x, layout.cos, layout.sin)
 
 
 def layer_window(config: ModelConfig, layer: int) -> int | None:

@@ -34,7 +34,8 @@ def evaluate(
     device: torch.device,
     group: dist.ProcessGroup | None,
 ) -> dict[str, dict[str, Any]]:
-    """By set: loss (nats per predicted token), perplexity, tokens; of a mixture, active (mean experts per token) and active_by_layer.
+    """By set: loss (nats per predicted token), perplexity, tokens; of a mixture, active (mean experts per token) and active_by_layer (of each
+    MoE layer); where experts differ in size, mean_sized, how many of the mean size cost as much.
 
     batch_size: sequences per rank and forward pass. Collective over `group`; every rank gets the same answer. The model is left in evaluation
     mode.
@@ -57,11 +58,16 @@ def evaluate(
         results[name] = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens}
         if totals.mean_active is not None:
             results[name] |= {"active": totals.mean_active, "active_by_layer": totals.moe["active"]}
+            moe = model.config.moe
+            if moe is not None and isinstance(moe.expert_dim, list):
+                routes = [mean * moe.mean_sized(load) / max(1.0, sum(load)) for mean, load in zip(totals.moe["active"], totals.loads)]
+                results[name]["mean_sized"] = sum(routes) / len(routes)
     return results
 
 
 def cost(config: ModelConfig, active: float | None, seq_len: int) -> dict[str, float]:
-    """Parameters, those a token uses, and forward FLOPs per token, with `active` experts per token in the mean (None: a dense model)."""
+    """Parameters, those a token uses, and forward FLOPs per token, with `active` experts (of the mean size) per token in the mean (None: a dense
+    model)."""
     return {
         "params": config.num_params(),
         "active_params": config.num_active_params(active),
@@ -97,11 +103,12 @@ def run(config: Config) -> None:
     )  # fmt: skip
     seconds = time.perf_counter() - began
     for result in results.values():
-        result |= cost(trained.config, result.get("active"), data.seq_len)
+        result |= cost(trained.config, result.get("mean_sized", result.get("active")), data.seq_len)
     if world == 1 or dist.get_rank() == 0:
         answer = {"model": trained.source, "sets": results, "tokens_per_s": sum(r["tokens"] for r in results.values()) / seconds}
         if trained.config.moe is not None:
             answer["num_experts"] = trained.config.moe.num_experts
+            answer["moe_layers"] = trained.config.moe_layers
         _show(answer)
         if config.eval.output is not None:
             Path(config.eval.output).write_text(json.dumps(answer, indent=2) + "\n", encoding="utf-8")
@@ -122,5 +129,6 @@ def _show(answer: dict[str, Any]) -> None:
     console.print(table)
     for name, r in answer["sets"].items():
         if "active_by_layer" in r:
-            console.print(f"{name}: experts per token by layer: " + " ".join(f"{a:.2f}" for a in r["active_by_layer"]))
+            by_layer = " ".join(f"{i}: {a:.2f}" for i, a in zip(answer["moe_layers"], r["active_by_layer"]))
+            console.print(f"{name}: experts per token by layer, {by_layer}")
     console.print(f"{answer['tokens_per_s']:,.0f} tokens/s")

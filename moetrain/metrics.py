@@ -225,7 +225,7 @@ def plots(run_dir: Path | str, out_dir: Path | str) -> list[Path]:
         figure = Figure(figsize=(8, 7), layout="constrained")
         lines, heat = figure.subplots(2, 1, sharex=True)
         for i, row in enumerate(active):
-            lines.plot([r["step"] for r in routed], row, linewidth=0.8, color=_layer_color(i, len(active)), label=f"layer {i}")
+            lines.plot([r["step"] for r in routed], row, linewidth=0.8, color=_layer_color(i, len(active)), label=f"MoE layer {i}")
         lines.set(ylabel="active experts per token")
         lines.grid(alpha=0.3)
         if len(active) <= 12:

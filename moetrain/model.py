@@ -1,4 +1,4 @@
-"""Decoder Transformer for one device: LLaMA, Mistral, Qwen2 and Qwen3, dense or with a mixture of experts in every layer.
+"""Decoder Transformer for one device: LLaMA, Mistral, Qwen2, Qwen3 and DeepSeek, dense or with a mixture of experts in some or all layers.
 
 Letters: B rows of a batch, S positions of a row, T = B*S tokens, D model dim, V vocabulary. Parameters are kept in float32 (or float64),
 activations run in the dtype a caller asks for, every matrix product in the dtype of its activation. The model knows nothing of
@@ -22,9 +22,8 @@ from torch.autograd.function import once_differentiable
 from moetrain.attention import (
     Attention,
     KVCache,
+    LatentAttention,
     Layout,
-    Linear,
-    RMSNorm,
     document_positions,
     layer_window,
     make_layout,
@@ -32,8 +31,11 @@ from moetrain.attention import (
     rope_tables,
 )
 from moetrain.config import ModelConfig
+from moetrain.modules import Linear, RMSNorm, SwiGLU
+from moetrain.moe.finedeep import Finedeep
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.routing import LayerReport, TokenContext
+from moetrain.moe.strata import StratifiedMoELayer
 
 IGNORE = -100
 """Label of a token that has no loss."""
@@ -63,19 +65,15 @@ class Embedding(nn.Module):
         return F.embedding(tokens, self.weight)
 
 
-class FeedForward(nn.Module):
+class FeedForward(SwiGLU):
     """Dense SwiGLU FFN with the call of an MoE layer."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        D, F0, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = Linear(D, F0, bias)
-        self.up_proj = Linear(D, F0, bias)
-        self.down_proj = Linear(F0, D, bias)
+        super().__init__(config.hidden_size, config.intermediate_size, config.mlp_bias)
 
-    def forward(self, x: Tensor, context: TokenContext, residual: Tensor) -> tuple[Tensor, LayerReport]:
+    def forward(self, x: Tensor, context: TokenContext, residual: Tensor) -> tuple[Tensor, LayerReport]:  # type: ignore[override]
         """x: (T, D), normed. Returns (T, D) and an empty report."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), LayerReport({}, {})
+        return super().forward(x), LayerReport({}, {})
 
 
 class Block(nn.Module):
@@ -84,15 +82,23 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attn = Attention(config, layer)
+        self.attn = Attention(config, layer) if config.mla is None else LatentAttention(config, layer)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.ffn = FeedForward(config) if config.moe is None else MoELayer(config, layer)
+        self.ffn = build_ffn(config, layer)
 
     def forward(self, x: Tensor, layout: Layout, context: TokenContext, cache: KVCache | None = None) -> tuple[Tensor, LayerReport]:
         """x: (B, S, D). Returns (B, S, D) and the FFN's report."""
         x = x + self.attn(self.attn_norm(x), layout, cache)
         y, report = self.ffn(self.ffn_norm(x).flatten(0, 1), context, x.flatten(0, 1))
         return x + y.view_as(x), report
+
+
+def build_ffn(config: ModelConfig, layer: int) -> nn.Module:
+    """What a block has behind its attention, of whichever kind."""
+    if layer not in config.moe_layers:
+        return FeedForward(config) if config.finedeep is None else Finedeep(config)
+    assert config.moe is not None, "a dense model has no MoE layers"
+    return MoELayer(config, layer) if config.moe.strata is None else StratifiedMoELayer(config, layer)
 
 
 class Transformer(nn.Module):
@@ -139,7 +145,9 @@ class Transformer(nn.Module):
         x = self.embed(tokens)
         x = x if dtype is None else x.to(dtype)
         cos, sin = rope_tables(self.rope_frequencies.to(x.device), self.rope_scale, positions, x.dtype)
-        layout = Layout(cos, sin, "sdpa") if cache is not None else make_layout(cos, sin, document_ids, self.windows, x.dtype)
+        layout = Layout(cos, sin, "sdpa")
+        if cache is None:
+            layout = make_layout(cos, sin, document_ids, self.windows, x.dtype, head_dim=self.config.head_size)
         context = TokenContext(sequence=S) if context is None else context
         context = dataclasses.replace(context, tokens=tokens.flatten())
         reports = []
@@ -231,20 +239,23 @@ def initial_tensor(name: str, shape: Sequence[int], config: ModelConfig, seed: i
 
     A function of name, shape, config and seed alone, so every layout of ranks starts from the same weights. Norms are 1, biases 0 (the
     router's: `bias_init`), the weights of a router's noise and its own statistics 0, matrices normal; what writes into the residual stream is
-    divided by sqrt(2 * num_layers) (GPT-2).
+    divided by sqrt(2 * num_layers) (GPT-2; with Finedeep's M sub-layers (1 + M) * num_layers).
     """
-    if name.endswith("norm.weight"):
+    if name.endswith("norm.weight") or ".norms." in name:
         return torch.ones(*shape, device="cpu")
-    if name.endswith(("router.selection_bias", "router.noise", "router.cut")):
+    if name.endswith((".selection_bias", ".noise", ".cut")):
         return torch.zeros(*shape, device="cpu")
     if name.endswith(".bias"):
         value = getattr(config.moe.router, "bias_init", 0.0) if config.moe is not None and name.endswith("router.bias") else 0.0
         return torch.full(tuple(shape), value, device="cpu")
     std = config.init_std
-    if config.moe is not None and name.endswith(("router.weight", "router.output")):
+    # A router's own name may lie between: each stratum has one.
+    if config.moe is not None and ".router." in name and name.endswith((".weight", ".output")):
         std = config.moe.router.init_std
-    elif name.endswith(("o_proj.weight", "down_proj.weight", "experts.down")):
-        std /= math.sqrt(2 * config.num_layers)
+    elif name.endswith(("o_proj.weight", "down_proj.weight", ".down")):
+        # So many summands of a layer go into the stream.
+        writes = 2 if config.finedeep is None else 1 + config.finedeep.sublayers
+        std /= math.sqrt(writes * config.num_layers)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.empty(tuple(shape), device="cpu").normal_(0, std, generator=generator)

@@ -141,7 +141,10 @@ class Trainer:
     def describe(self) -> str:
         """What runs and what it runs on, in a few lines: printed once at the start."""
         model, train, layout = self.model_config, self.train_config, self.parallel
-        experts = f", {model.moe.num_experts} experts per layer" if model.moe else ""
+        experts = ""
+        if model.moe:
+            some = "" if model.num_moe_layers == model.num_layers else f" in {model.num_moe_layers} of {model.num_layers} layers"
+            experts = f", {model.moe.num_experts} experts per layer{some}"
         used = next(f"{name} ({why})" for name, why in describe_backends() if why.startswith("used"))
         unused = "; ".join(f"{name}: {why}" for name, why in describe_backends() if not why.startswith("used"))
         grouped = self.device.type == "cuda" and train.dtype == "bfloat16"

@@ -54,7 +54,7 @@ class ReferenceMoE(nn.Module):
             losses.append(loss)
             counts[routes] += 1
         y = torch.stack(outputs) if outputs else x * 0
-        total = sum(losses) / (num_tokens * self.config.moe.num_experts * self.config.num_layers)
+        total = sum(losses) / (num_tokens * self.config.moe.num_experts * self.config.num_moe_layers)
         return y, LayerReport({"sparsity": total}, {"load": counts})
 
     def sigmoid(self, x: Tensor, seen: Tensor, key: Tensor | None) -> tuple[Tensor, Tensor, list[int]]:

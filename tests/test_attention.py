@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from moetrain import attention
 from moetrain.attention import (
     KVCache,
+    LatentAttention,
     RMSNorm,
     attend,
     choose_backend,
@@ -19,10 +21,11 @@ from moetrain.attention import (
     document_positions,
     layer_window,
     make_layout,
+    rope_frequencies,
     rope_tables,
     rotate,
 )
-from moetrain.config import ModelConfig
+from moetrain.config import MLAConfig, ModelConfig, RopeScaling
 
 
 def reference(q, k, v, window, document_ids=None):
@@ -176,3 +179,108 @@ def test_cuda_back_ends_agree(backend, window):
         results.append([t.cpu().double() for t in (out, *torch.autograd.grad(out, inputs, upstream.to(device, dtype)))])
     for expected, found in zip(*results, strict=True):
         assert (found - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+# ---------------------------------------------------------------------------------------------------------- latent attention
+
+YARN = RopeScaling(type="yarn", factor=4.0, original_max_position_embeddings=8, mscale=0.7, mscale_all_dim=1.3)
+
+
+def latent(**options):
+    sizes = dict(q_lora_rank=6, kv_lora_rank=5, qk_nope_head_dim=3, qk_rope_head_dim=4, v_head_dim=2)
+    mla = MLAConfig(**{**sizes, **{k: options.pop(k) for k in (*sizes, "rope_interleave") if k in options}})
+    config = ModelConfig(vocab_size=7, hidden_size=8, num_layers=1, num_heads=3, intermediate_size=8, mla=mla, **options)
+    module, generator = LatentAttention(config, 0).double(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) + (1.0 if p.ndim == 1 else 0.0))
+    return config, module
+
+
+def norm(x, weight):
+    return x / (x.square().mean() + 1e-6).sqrt() * weight
+
+
+def turned(x, position, frequencies, interleave):
+    """The rotated part of one vector: pairs of neighbours, or of halves, each by its angle."""
+    half, out = len(x) // 2, torch.zeros_like(x)
+    for i, frequency in enumerate(frequencies.double().tolist()):
+        a, b = (x[2 * i], x[2 * i + 1]) if interleave else (x[i], x[half + i])
+        cos, sin = math.cos(position * frequency), math.sin(position * frequency)
+        out[2 * i], out[2 * i + 1] = a * cos - b * sin, a * sin + b * cos
+    return out
+
+
+def latent_reference(config, module, x):
+    """One row, one query, one head at a time: DeepSeek-V2's equations."""
+    m, p = config.mla, dict(module.named_parameters())
+    frequencies, magnitude = rope_frequencies(config)
+
+    def project(name, token):
+        bias = p.get(f"{name}.bias")
+        return p[f"{name}.weight"] @ token + (0 if bias is None else bias)
+
+    scale = (m.qk_nope_head_dim + m.qk_rope_head_dim) ** -0.5
+    if config.rope_scaling is not None:
+        assert magnitude == pytest.approx((0.07 * math.log(4) + 1) / (0.13 * math.log(4) + 1))
+        scale *= (0.13 * math.log(4) + 1) ** 2
+    rows = []
+    for t in range(len(x)):
+        q = project("q_proj", x[t]) if m.q_lora_rank is None else project("q_b_proj", norm(project("q_a_proj", x[t]), p["q_a_norm.weight"]))
+        heads = []
+        for h, query in enumerate(q.view(config.num_heads, -1)):
+            scores, values = [], []
+            for s in range(t + 1):
+                down = project("kv_a_proj", x[s])
+                c = norm(down[: m.kv_lora_rank], p["kv_a_norm.weight"])
+                both = project("kv_b_proj", c).view(config.num_heads, -1)[h]
+                key, value = both[: m.qk_nope_head_dim], both[m.qk_nope_head_dim :]
+                r = magnitude * turned(down[m.kv_lora_rank :], s, frequencies, m.rope_interleave)
+                r_q = magnitude * turned(query[m.qk_nope_head_dim :], t, frequencies, m.rope_interleave)
+                scores.append(scale * (query[: m.qk_nope_head_dim] @ key + r_q @ r))
+                values.append(value)
+            heads.append(torch.stack(scores).softmax(0) @ torch.stack(values))
+        rows.append(project("o_proj", torch.cat(heads)))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(q_lora_rank=None, rope_interleave=False), dict(qkv_bias=True, o_bias=True, v_head_dim=9), dict(rope_scaling=YARN)],
+    ids=["plain", "no_query_latent", "biases", "yarn"],
+)  # fmt: skip
+def test_latent_attention_against_the_loop(options):
+    """Output and gradients, packed documents too; and the cache, which holds the latents, in pieces."""
+    config, module = latent(**options)
+    x = torch.randn(1, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    frequencies, magnitude = rope_frequencies(config)
+
+    def layout(positions, ids=None):
+        return make_layout(*rope_tables(frequencies, magnitude, positions, x.dtype), ids, {None}, x.dtype, "sdpa", config.head_size)
+
+    want = latent_reference(config, module, x[0])
+    got = module(x, layout(torch.arange(9)[None]))[0]
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    grad = torch.randn(want.shape, dtype=torch.float64)
+    parameters = [x, *module.parameters()]
+    for a, b in zip(*(torch.autograd.grad(y, parameters, grad) for y in (got, want)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    ids = torch.tensor([[4, 4, 4, 4, 2, 2, 2, 2, 2]], dtype=torch.int32)
+    packed = module(x, layout(document_positions(ids), ids))[0]
+    torch.testing.assert_close(packed, torch.cat([latent_reference(config, module, part) for part in (x[0, :4], x[0, 4:])]), rtol=1e-10, atol=1e-10)
+    cache, pieces = KVCache(config, 1, 9, dtype=torch.float64), []
+    assert cache.keys.shape == (1, 1, 9, 1, 5) and cache.values.shape == (1, 1, 9, 1, 4)
+    for start, end in ((0, 4), (4, 5), (5, 9)):
+        with torch.no_grad():
+            pieces.append(module(x[:, start:end], layout(torch.arange(start, end)[None]), cache)[0])
+        cache.length = end
+    torch.testing.assert_close(torch.cat(pieces), want, rtol=1e-10, atol=1e-10)
+
+
+def test_flex_takes_values_of_another_size():
+    q, k, _ = random_qkv(2, 11, 2, 2, 8)
+    v = torch.randn(2, 11, 2, 5, dtype=torch.float64)
+    found = []
+    for backend in ("sdpa", "flex"):
+        layout = make_layout(*tables(2, 11, 8), DOCUMENTS[:2], {None}, torch.float64, backend)
+        found.append(attend(q, k, v, layout, None, 0.3))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)

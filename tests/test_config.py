@@ -30,8 +30,13 @@ def model(**changes: Any) -> dict[str, Any]:
     return {"vocab_size": 50, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "intermediate_size": 16, "max_position_embeddings": 64, **changes}
 
 
+MOE_OPTIONS = ("layers", "shared", "expert_dim", "strata")
+
+
 def moe(router: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    return model(moe={"num_experts": 8, "expert_dim": 6, "router": router or {"type": "sigmoid_ste"}}, **changes)
+    """A mixture; changes named in MOE_OPTIONS are options of `model.moe`, the others of `model`."""
+    inner = {name: changes.pop(name) for name in MOE_OPTIONS if name in changes}
+    return model(moe={"num_experts": 8, "expert_dim": 6, "router": router or {"type": "sigmoid_ste"}, **inner}, **changes)
 
 
 def train(**changes: Any) -> dict[str, Any]:
@@ -281,6 +286,9 @@ def trees(draw: st.DrawFn) -> dict[str, Any]:
             tree["model"] |= {"sliding_window": draw(_count), **draw(_some(sliding_layers=st.none() | st.lists(st.integers(0, 1))))}
         if mixture is not None:
             tree["model"]["moe"] = {"num_experts": 8, "expert_dim": draw(_count), "router": mixture}
+            tree["model"]["moe"] |= draw(_some(expert_dim=st.sampled_from([[1, 2] * 4, [0, 5, 5, 5] * 2])))
+            tree["model"]["moe"] |= draw(_some(shared=st.sampled_from([None, {"dim": 3}, {"dim": 4, "combine": "coefficient"}])))
+            tree["model"]["moe"] |= draw(_some(layers=st.sampled_from([None, [1], [1, 0], {"first": 1}, {"every": 2}, {"first": -1, "every": 3}])))
     if draw(st.booleans()):
         tree["train"] = train(
             **draw(
@@ -358,6 +366,8 @@ def _model_is_elsewhere(tree: dict[str, Any], problem: Any) -> bool:
 
 _OPEN = {"type": "sigmoid_ste"}
 _TOP2 = {"type": "topk", "top_k": 2}
+_MLA = {"kv_lora_rank": 5, "qk_nope_head_dim": 3, "qk_rope_head_dim": 2, "v_head_dim": 4}
+_YARN = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}
 
 
 def _upcycle(method: str = "dsmoe", **options: Any) -> dict[str, Any]:
@@ -397,6 +407,33 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": moe({**_OPEN, "target_active": 9.0})}, "model.moe.router.target_active (9.0) is more than num_experts (8)"),
     ({"model": moe({**_OPEN, "target_active": 2, "sparsity_coef": 0})}, "model.moe.router.sparsity_coef: 0 can't be adapted"),
     ({"model": moe({**_OPEN, "rescale": "none", "rescale_in_eval": True})}, "rescale_gradient and rescale_in_eval have an effect only with rescale: count"),
+    ({"model": moe(layers=[0, 2])}, "model.moe.layers: [2] outside 0..1"),
+    ({"model": moe(layers=[])}, "model.moe.layers: [] must name one layer or more, each once"),
+    ({"model": moe(layers=[1, 1])}, "model.moe.layers: [1, 1] must name one layer or more, each once"),
+    ({"model": moe(layers={"first": 2})}, "model.moe.layers.first (2) is outside -2..1"),
+    ({"model": moe(layers={"evry": 2})}, "model.moe.layers.evry: unknown key; did you mean model.moe.layers.every?"),
+    ({"model": moe(layers=[0, 1.5])}, "model.moe.layers.1: input should be a valid integer, found 1.5"),
+    ({"model": moe(layers=2)}, "model.moe.layers: must be a section with keys of its own, found 2"),
+    ({"model": model(mla=_MLA, head_dim=4)}, "model.head_dim (4) does not go with model.mla"),
+    ({"model": model(mla=_MLA, num_kv_heads=1)}, "model.num_kv_heads (1) does not go with model.mla"),
+    ({"model": model(mla={**_MLA, "qk_rope_head_dim": 3})}, "model.mla.qk_rope_head_dim (3) must be even"),
+    ({"model": model(rope_scaling={**_YARN, "mscale_all_dim": 1.0})}, "mscale_all_dim (1.0) has no effect with type: yarn and without model.mla"),
+    ({"model": model(mla=_MLA, rope_scaling={**_YARN, "mscale": 1.0})}, "mscale (1.0) has an effect only with mscale_all_dim"),
+    ({"model": moe(expert_dim=[4, 4])}, "model.moe.expert_dim: 2 sizes for num_experts (8); give one for each"),
+    ({"model": moe(expert_dim=[0] * 8)}, "model.moe.expert_dim: every expert has size 0"),
+    ({"model": moe(expert_dim=[4] * 7 + [-1])}, "model.moe.expert_dim.7: input should be greater than or equal to 0, found -1"),
+    ({"model": moe(expert_dim=0)}, "model.moe.expert_dim: input should be greater than 0, found 0"),
+    ({"model": moe(expert_dim=[4] * 5 + [6, 6, 0]), "parallel": {"ep": 2}}, "5 experts of size 4 can't be shared equally by parallel.ep (2) ranks"),
+    ({"model": moe(expert_dim=[4] * 6 + [3, 3]), "parallel": {"dp_shard": 4}}, "parallel.dp_shard (4) must divide model.hidden_size (8) and twice"),
+    ({"model": moe(_TOP2, strata={"sizes": [4, 3]})}, "model.moe.strata.sizes: [4, 3] add up to 7, not to num_experts (8)"),
+    ({"model": moe(_TOP2, strata={"sizes": [8]})}, "model.moe.strata.sizes: list should have at least 2 items"),
+    ({"model": moe(strata={"sizes": [4, 4]})}, "model.moe.strata: a token goes on from its best expert, so the router is topk, not sigmoid_ste"),
+    ({"model": moe({**_TOP2, "capacity_factor": 1.0}, strata={"sizes": [4, 4]})}, "router.capacity_factor (1.0) does not go with model.moe.strata"),
+    ({"model": moe({**_TOP2, "score": "sigmoid", "num_groups": 2, "top_groups": 2}, strata={"sizes": [4, 4]})}, "num_groups (2) does not go with"),
+    ({"model": moe(_TOP2, strata={"sizes": [7, 1]})}, "model.moe.router.top_k (2) is more than the last stratum has experts (1)"),
+    ({"model": model(finedeep={"sublayers": 3, "experts": 2})}, "model.intermediate_size (16) must be a multiple of model.finedeep.sublayers x experts (3 x 2"),
+    ({"model": model(finedeep={"sublayers": 2, "experts": 2}, mlp_bias=True)}, "model.mlp_bias: the experts of model.finedeep have no bias"),
+    ({"model": moe(finedeep={"sublayers": 2, "experts": 2})}, "model.finedeep is the kind of FFN of dense layers"),
     ({"prepare": {"inputs": ["a"], "output": "b", "extensions": [".txt", "py"]}}, "prepare.extensions: 'py' would match every name that ends so; write .py"),
     ({"model": moe({**_TOP2, "cosine_temperature": 0.1})}, "router.cosine_temperature (0.1) has an effect only with gate: cosine, not linear"),
     ({"model": moe({**_TOP2, "score": "sigmoid", "noise": True})}, "router.noise: noisy top-k is for score: softmax, not sigmoid"),
@@ -419,6 +456,8 @@ RULES: list[tuple[dict[str, Any], str]] = [
     (_upcycle(cluster_on="up"), "upcycle.cluster_on (up) has no effect with split: contiguous"),
     (_upcycle(split="cluster", calibration="c"), "upcycle.calibration (c) has no effect with split: cluster"),
     (_upcycle(split="importance"), "upcycle.calibration: split: importance needs the prefix of a prepared data set"),
+    (_upcycle(shared_dim=8), "upcycle.calibration: shared_dim needs the prefix of a prepared data set"),
+    (_upcycle("copy", shared_dim=8), "upcycle.shared_dim (8) has no effect with method: copy; it is for dsmoe, llama_moe"),
     (_upcycle("btx", models=["c"]), "upcycle.models: method btx needs 2 or more Hugging Face folders, found 1"),
     (_upcycle("aggregate", models=["c"], merge="ties"), "upcycle.merge (ties) needs a common start, which mixtures don't name; use average or base"),
     (_upcycle("virtual_groups", granularity=3), "upcycle.num_experts (8) must be a multiple of upcycle.granularity (3)"),
@@ -510,7 +549,19 @@ READ: dict[str, tuple[str, str]] = {
     "SigmoidSteRouter.bias_init": ("model.py", "getattr(config.moe.router, 'bias_init', 0.0)"),
     "SigmoidSteRouter.input": ("moe/layer.py", "getattr(router, 'input', 'normed')"),
     "MoEConfig.num_experts": ("moe/layer.py", "moe.num_experts"),
-    "MoEConfig.expert_dim": ("moe/layer.py", "moe.expert_dim"),
+    "MoEConfig.expert_dim": ("config/model.py", "self.expert_dim"),
+    **{f"MLAConfig.{n}": ("attention.py", f"m.{n}") for n in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")},
+    "MLAConfig.rope_interleave": ("attention.py", "mla.rope_interleave"),
+    "RopeScaling.mscale": ("attention.py", "scaling.mscale"),
+    "RopeScaling.mscale_all_dim": ("attention.py", "rope_scaling.mscale_all_dim"),
+    "StrataConfig.sizes": ("moe/strata.py", "strata.sizes"),
+    "StrataConfig.norm": ("moe/strata.py", "strata.norm"),
+    "FinedeepConfig.sublayers": ("moe/finedeep.py", "finedeep.sublayers"),
+    "FinedeepConfig.experts": ("moe/finedeep.py", "finedeep.experts"),
+    "SharedConfig.dim": ("moe/shared.py", "options.dim"),
+    "SharedConfig.combine": ("moe/shared.py", "options.combine"),
+    "LayerRange.first": ("config/model.py", "choice.first"),
+    "LayerRange.every": ("config/model.py", "choice.every"),
     "ModelConfig.vocab_size": ("model.py", "config.vocab_size"),
     "ModelConfig.hidden_size": ("model.py", "config.hidden_size"),
     "ModelConfig.num_layers": ("model.py", "config.num_layers"),
@@ -582,7 +633,7 @@ READ: dict[str, tuple[str, str]] = {
     **{
         f"UpcycleConfig.{n}": ("convert/upcycle.py", f"config.{n}")
         for n in (
-            "split", "cluster_on", "cluster_metric", "granularity", "noise", "drop_ratio", "drop_shared", "models", "merge", "merge_density",
+            "split", "shared_dim", "cluster_on", "cluster_metric", "granularity", "noise", "drop_ratio", "drop_shared", "models", "merge", "merge_density",
             "merge_scale", "join", "receipt",
         )
     },
@@ -654,6 +705,16 @@ MODELS = {
     "topk_mlp_noise": moe({"type": "topk", "top_k": 8, "gate": "mlp", "noise": True}),
     "budget": moe({"type": "budget", "target_active": 8.0}),
     "topk_bias": moe({"type": "topk", "top_k": 8, "score": "sigmoid", "selection_bias": True}),
+    "shared": moe(_ALL_OPEN, shared={"dim": 5}),
+    "shared_gate": moe(_ALL_OPEN, shared={"dim": 5, "combine": "gate"}, layers=[1]),
+    "shared_coefficient": moe({"type": "topk", "top_k": 8}, shared={"dim": 5, "combine": "coefficient"}),
+    "mla": model(mla={**_MLA, "q_lora_rank": 6}, num_heads=3),
+    "mla_plain": model(mla=_MLA, qkv_bias=True, o_bias=True),
+    "mla_bias": moe({"type": "topk", "top_k": 8}, mla={**_MLA, "q_lora_rank": 6}, qkv_bias=True, o_bias=True, layers=[1]),
+    "unequal": moe(_ALL_OPEN, expert_dim=[6, 0, 3, 6, 3, 0, 1, 5]),
+    "strata": moe({"type": "topk", "top_k": 2, "noise": True}, strata={"sizes": [3, 3, 2], "norm": True}),
+    "finedeep": model(finedeep={"sublayers": 2, "experts": 4}),
+    "some_sparse": moe(_ALL_OPEN, layers={"first": 1, "every": 2}, num_layers=5, intermediate_size=20),
 }
 
 
@@ -671,7 +732,7 @@ def test_num_params(name: str) -> None:
         assert config.num_active_params(active) == sum(built.values()) - experts * (1 - active / 8)
 
 
-@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk", "budget", "topk_mlp_noise", "topk_bias"])
+@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk", "budget", "topk_mlp_noise", "topk_bias", "some_sparse", "shared_gate", "shared_coefficient", "mla", "mla_plain", "unequal", "finedeep"])
 @pytest.mark.parametrize("length", [8, 64])
 def test_flops_per_token(name: str, length: int) -> None:
     """Against torch's count of a forward pass in which every expert is active, number for number.
@@ -686,8 +747,8 @@ def test_flops_per_token(name: str, length: int) -> None:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         output = network.eval()(torch.arange(length)[None] % 50)
     for report in output.reports:
-        assert config.moe is None or report.stats["load"].tolist() == [length] * 8
-    upper_half = config.num_layers * 2 * length * config.num_heads * config.head_size
+        assert not report.stats or report.stats["load"].tolist() == [length] * 8
+    upper_half = config.num_layers * length * config.num_heads * (config.head_size + config.value_size)
     assert counter.get_total_flops() == length * (config.flops_per_token(length) + upper_half)
 
 

@@ -21,11 +21,12 @@ OPTIONAL = {
 REQUIRED = {"torch", "numpy", "yaml", "pydantic", "pydantic_core", "safetensors", "tokenizers", "rich"}
 
 # Part -> parts it may import beside itself. A part is a folder of moetrain/ or a module at its top.
-CORE = {"config", "ops"}
+CORE = {"config", "ops", "modules"}
 MODEL = CORE | {"moe", "attention", "model"}
 LIBRARY = MODEL | {"parallel", "data", "checkpoint", "convert", "metrics", "microbatch", "generate", "build"}
 ALLOWED: dict[str, set[str]] = {
     "config": set(),
+    "modules": set(),
     "ops": {"__init__"},  # moetrain._C, the compiled extension
     "moe": CORE,
     "attention": CORE | {"moe"},

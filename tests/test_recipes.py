@@ -10,26 +10,27 @@ import torch
 
 from moetrain.cli import main
 from moetrain.config import ModelConfig, TopKRouter, UpcycleConfig, load_config
-from moetrain.convert.huggingface import read_config, read_tensors, write_model
+from moetrain.convert.huggingface import architecture, read_config, read_tensors, write_model
 from moetrain.convert.upcycle import target_config, upcycle
 from moetrain.model import Transformer, init_weights
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
-# Parameters in billions and the router's options that differ from the defaults.
-RECIPES: dict[str, tuple[float, dict[str, Any]]] = {
+# Parameters in billions and the router's options that differ from the defaults; None: a dense model.
+RECIPES: dict[str, tuple[float, dict[str, Any] | None]] = {
+    "finedeep": (0.8348, None),
     "switch": (
-        7.33, dict(top_k=1, normalize=False, jitter=0.01, capacity_factor=1.25, drop="position", init_std=0.0114),
+        3.73, dict(top_k=1, normalize=False, jitter=0.01, capacity_factor=1.25, drop="position", init_std=0.0114),
     ),
-    "gshard": (38.8, dict(top_k=2, second="random", capacity_factor=1.0, balance_count="first")),
+    "gshard": (19.6, dict(top_k=2, second="random", capacity_factor=1.0, balance_count="first")),
     "llama_moe": (6.74, dict(top_k=4, gate="mlp", noise=True, cv_coef=0.01, balance_coef=0.0)),
     "deepseek_v3_style": (
-        704.9,
+        671.0,
         dict(
             top_k=8, score="sigmoid", output_scale=2.5, selection_bias=True, bias_rate=1e-3, num_groups=8, top_groups=4, balance_coef=1e-4,
             balance_over="sequence", init_std=0.006,
         ),
     ),
-    "openmoe": (40.31, dict(top_k=2, capacity_factor=2.0, z_coef=1e-4)),
+    "openmoe": (9.305, dict(top_k=2, capacity_factor=2.0, z_coef=1e-4)),
 }  # fmt: skip
 
 
@@ -40,7 +41,8 @@ def test_recipe(name, capsys):
     assert capsys.readouterr().err == ""
     config = load_config(path)
     billions, router = RECIPES[name]
-    assert config.model.moe.router == TopKRouter(**router)
+    if router is not None:
+        assert config.model.moe.router == TopKRouter(**router)
     with torch.device("meta"):
         model = Transformer(config.model)
     count = sum(p.numel() for p in model.parameters())
@@ -71,3 +73,13 @@ def test_a_small_llama_upcycled_by_the_recipe_is_read_for_training(tmp_path):
     Transformer(config).load_state_dict(read, strict=True)
     assert not read["layers.1.ffn.router.noise"].any()
     assert read["layers.1.ffn.router.output"].std() > 0.01 and read["layers.1.ffn.router.weight"].std() > 0.01
+
+
+def test_layers_of_the_recipes():
+    """DeepSeek-V3's published sizes, 671B and 37B activated; which layers are sparse; what lies beside the experts."""
+    models = {name: load_config(FOLDER / f"{name}.yaml").model for name in RECIPES}
+    assert models["deepseek_v3_style"].num_active_params() / 1e9 == pytest.approx(37.55, rel=1e-3)
+    assert architecture(models["deepseek_v3_style"]) == "deepseek_v3" and models["deepseek_v3_style"].moe_layers == list(range(3, 61))
+    assert models["openmoe"].moe_layers == [5, 11, 17, 23] and models["openmoe"].moe.shared.combine == "sum"
+    for name in ("switch", "gshard"):
+        assert models[name].moe_layers == [1, 3, 5, 7, 9, 11]

@@ -5,7 +5,17 @@ what must hold between them. reading: files and command lines to configs and bac
 """
 
 from moetrain.config.base import ConfigError, Section
-from moetrain.config.model import ModelConfig, MoEConfig, RopeScaling
+from moetrain.config.model import (
+    FinedeepConfig,
+    LayerChoice,
+    LayerRange,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeScaling,
+    SharedConfig,
+    StrataConfig,
+)
 from moetrain.config.reading import (
     config_from_dict,
     defaults,

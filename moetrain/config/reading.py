@@ -200,8 +200,8 @@ def _lines(where: str, problems: list[str]) -> str:
 
 
 def _explain(item: Any) -> str:
-    # pydantic puts the tag of the discriminated union ("topk") behind `router`; it is no key of the user's.
-    location = [str(p) for i, p in enumerate(item["loc"]) if i == 0 or item["loc"][i - 1] != "router"]
+    # pydantic puts the tag of a union ("topk", "list") behind the option that has one; it is no key of the user's.
+    location = [str(p) for i, p in enumerate(item["loc"]) if i == 0 or item["loc"][i - 1] not in ("router", "layers", "expert_dim")]
     name = ".".join(location) or "config"
     kind, value = item["type"], item.get("input")
     if kind == "model_type":

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from moetrain.config.base import ConfigError, short
-from moetrain.config.model import ModelConfig, RopeScaling
+from moetrain.config.model import ModelConfig, MoEConfig, RopeScaling, layer_problems
 from moetrain.config.routers import SigmoidSteRouter, TopKRouter
-from moetrain.config.sections import SPLITS, UPCYCLE_OPTIONS, Config, ParallelConfig, UpcycleConfig
+from moetrain.config.sections import UPCYCLE_OPTIONS, Config, ParallelConfig, UpcycleConfig
 
 
 def check(config: Config) -> list[str]:
@@ -62,7 +62,9 @@ def check(config: Config) -> list[str]:
 
 
 def _check_model(model: ModelConfig, parallel: ParallelConfig, bad: list[str]) -> None:
-    if model.head_dim is None and model.hidden_size % model.num_heads:
+    if model.mla is not None:
+        _check_mla(model, bad)
+    elif model.head_dim is None and model.hidden_size % model.num_heads:
         bad.append(f"model.hidden_size ({model.hidden_size}) is no multiple of model.num_heads ({model.num_heads}); set model.head_dim or change one")
     elif model.head_size % 2:
         bad.append(f"model.head_dim ({model.head_size}) must be even for rotary embeddings")
@@ -86,10 +88,25 @@ def _check_model(model: ModelConfig, parallel: ParallelConfig, bad: list[str]) -
         for name in wanted[scaling.type]:
             if getattr(scaling, name) is None:
                 bad.append(f"model.rope_scaling.{name}: missing; type {scaling.type} needs it")
-        read = {"type", "factor", *wanted[scaling.type], *(("beta_fast", "beta_slow", "attention_factor") if scaling.type == "yarn" else ())}
+        yarn = ("beta_fast", "beta_slow", "attention_factor", *(("mscale", "mscale_all_dim") if model.mla is not None else ()))
+        read = {"type", "factor", *wanted[scaling.type], *(yarn if scaling.type == "yarn" else ())}
         for name in RopeScaling.model_fields:
             if name not in read and getattr(scaling, name) is not None:
-                bad.append(f"model.rope_scaling.{name} ({getattr(scaling, name)}) has no effect with type: {scaling.type}")
+                without = "" if model.mla is not None or not name.startswith("mscale") else " and without model.mla"
+                bad.append(f"model.rope_scaling.{name} ({getattr(scaling, name)}) has no effect with type: {scaling.type}{without}")
+        if scaling.mscale is not None and (scaling.mscale_all_dim is None or scaling.attention_factor is not None):
+            bad.append(f"model.rope_scaling.mscale ({scaling.mscale}) has an effect only with mscale_all_dim and without attention_factor")
+    if model.finedeep is not None:
+        pieces = model.finedeep.sublayers * model.finedeep.experts
+        if model.intermediate_size % pieces:
+            bad.append(
+                f"model.intermediate_size ({model.intermediate_size}) must be a multiple of model.finedeep.sublayers x experts "
+                f"({model.finedeep.sublayers} x {model.finedeep.experts} = {pieces})"
+            )
+        if model.mlp_bias:
+            bad.append("model.mlp_bias: the experts of model.finedeep have no bias; set mlp_bias: false")
+        if model.num_moe_layers == model.num_layers:
+            bad.append("model.finedeep is the kind of FFN of dense layers, and model.moe makes every layer sparse; see model.moe.layers")
     if model.moe is None:
         if parallel.ep > 1:
             bad.append(f"parallel.ep ({parallel.ep}) needs model.moe: a dense model has no experts to share; use dp_shard")
@@ -101,12 +118,52 @@ def _check_model(model: ModelConfig, parallel: ParallelConfig, bad: list[str]) -
         divisors = [d for d in range(1, moe.num_experts + 1) if moe.num_experts % d == 0]
         near = min(divisors, key=lambda d: abs(d - parallel.ep))
         bad.append(f"model.moe.num_experts ({moe.num_experts}) must be a multiple of parallel.ep ({parallel.ep}); nearest: {near}")
+    if isinstance(moe.expert_dim, list):
+        if len(moe.expert_dim) != moe.num_experts:
+            bad.append(f"model.moe.expert_dim: {len(moe.expert_dim)} sizes for num_experts ({moe.num_experts}); give one for each, or one for all")
+        elif not any(moe.expert_dim):
+            bad.append("model.moe.expert_dim: every expert has size 0; one at least must compute something")
+        for size, members in moe.groups.items():
+            if len(members) % parallel.ep:
+                bad.append(
+                    f"model.moe.expert_dim: {len(members)} experts of size {size} can't be shared equally by parallel.ep ({parallel.ep}) ranks; give "
+                    f"each size a multiple of {parallel.ep} experts"
+                )
     shard = parallel.dp_shard
-    if shard > 1 and (model.hidden_size % shard or (2 * moe.expert_dim) % shard):
-        bad.append(
-            f"parallel.dp_shard ({shard}) must divide model.hidden_size ({model.hidden_size}) and twice model.moe.expert_dim ({2 * moe.expert_dim})"
-        )
+    for size in moe.groups:
+        if shard > 1 and (model.hidden_size % shard or (2 * size) % shard):
+            bad.append(
+                f"parallel.dp_shard ({shard}) must divide model.hidden_size ({model.hidden_size}) and twice model.moe.expert_dim ({2 * size})"
+            )
     bad += [f"model.moe.router{problem}" for problem in moe.router.problems(moe.num_experts)]
+    if moe.strata is not None:
+        _check_strata(moe, bad)
+    bad += [f"model.moe.layers{problem}" for problem in layer_problems(moe.layers, model.num_layers)]
+
+
+def _check_strata(moe: MoEConfig, bad: list[str]) -> None:
+    assert moe.strata is not None, "asked for"
+    sizes, router = moe.strata.sizes, moe.router
+    if sum(sizes) != moe.num_experts:
+        bad.append(f"model.moe.strata.sizes: {sizes} add up to {sum(sizes)}, not to num_experts ({moe.num_experts})")
+    if not isinstance(router, TopKRouter):
+        bad.append(f"model.moe.strata: a token goes on from its best expert, so the router is topk, not {router.type}")
+        return
+    for name in ("selection_bias", "capacity_factor"):
+        if getattr(router, name):
+            bad.append(f"model.moe.router.{name} ({getattr(router, name)}) does not go with model.moe.strata: each stratum has a router of its own")
+    if router.num_groups > 1:
+        bad.append(f"model.moe.router.num_groups ({router.num_groups}) does not go with model.moe.strata: later strata see fewer experts")
+    if router.top_k > sizes[-1]:
+        bad.append(f"model.moe.router.top_k ({router.top_k}) is more than the last stratum has experts ({sizes[-1]})")
+
+
+def _check_mla(model: ModelConfig, bad: list[str]) -> None:
+    for name in ("head_dim", "num_kv_heads", "qk_norm", "sliding_window"):
+        if getattr(model, name):
+            bad.append(f"model.{name} ({getattr(model, name)}) does not go with model.mla, which has head sizes of its own; remove one of the two")
+    if model.mla is not None and model.mla.qk_rope_head_dim % 2:
+        bad.append(f"model.mla.qk_rope_head_dim ({model.mla.qk_rope_head_dim}) must be even for rotary embeddings")
 
 
 def _check_upcycle(upcycle: UpcycleConfig, bad: list[str]) -> None:
@@ -120,8 +177,9 @@ def _check_upcycle(upcycle: UpcycleConfig, bad: list[str]) -> None:
             bad.append(f"upcycle.{name} ({value}) has an effect only with merge: ties or dare, not {upcycle.merge}")
         elif value is not None:
             bad.append(f"upcycle.{name} ({value}) has no effect with split: {upcycle.split}")
-    if upcycle.split in ("coactivation", "importance") and upcycle.calibration is None and method in SPLITS:
-        bad.append(f"upcycle.calibration: split: {upcycle.split} needs the prefix of a prepared data set")
+    if upcycle.needs_calibration and upcycle.calibration is None:
+        why = "shared_dim" if upcycle.shared_dim is not None else f"split: {upcycle.split}"
+        bad.append(f"upcycle.calibration: {why} needs the prefix of a prepared data set")
     if method in ("btx", "aggregate"):
         least = 2 if method == "btx" else 1
         if len(upcycle.models) < least:

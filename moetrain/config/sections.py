@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from moetrain.config.base import Fraction, Name, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, Seed
-from moetrain.config.model import ModelConfig
+from moetrain.config.model import LayerChoice, ModelConfig
 from moetrain.config.routers import Router, holds_router
 
 # ---------------------------------------------------------------------------------------------------------------------- data
@@ -144,7 +144,9 @@ SPLITS, _COPIES = ("slices", "dsmoe", "llama_moe"), ("copy", "drop", "virtual_gr
 UPCYCLE_OPTIONS: dict[str, tuple[str, ...]] = {
     "num_experts": SPLITS + _COPIES,
     "router": (*SPLITS, *_COPIES, "btx", "aggregate"),
+    "layers": (*SPLITS, *_COPIES, "btx"),
     "split": SPLITS,
+    "shared_dim": SPLITS,
     "cluster_on": SPLITS,
     "cluster_metric": SPLITS,
     "calibration": SPLITS,
@@ -180,15 +182,20 @@ class UpcycleConfig(Section):
     router: Router | None = None
     """null: the method's own router (`slices`: budget, 3/8 of the experts in the mean; `llama_moe`: top-k of as many; `virtual_groups`: top-k of one
     group; other copies: top 2; `aggregate`: the mixtures')."""
+    layers: LayerChoice = None
+    """Which layers become sparse, as in `model.moe.layers`; the others keep their FFN (`btx`: merged as all the rest)."""
     split: Literal["contiguous", "random", "cluster", "coactivation", "importance"] = "contiguous"
     """`slices`, `dsmoe`, `llama_moe`: which neurons go together. A seeded permutation, balanced clusters of their weights, of when they fire, or the
     data on which they matter (the last two need `calibration`)."""
+    shared_dim: Positive | None = None
+    """`dsmoe`, `llama_moe`: the so many neurons that matter most (|h dL/dh| on `calibration`) become a shared FFN, the rest is cut (LLaMA-MoE's
+    Sharing-Inter; LLaMA-MoE v2's residual split). null: all are cut."""
     cluster_on: Literal["gate", "up"] = "gate"
     """`split: cluster` only: whose rows describe a neuron."""
     cluster_metric: Literal["l2", "cosine"] = "l2"
     """`split: cluster` only."""
     calibration: Name | None = None
-    """`split: coactivation`, `importance`: prefix of a prepared data set."""
+    """`split: coactivation`, `importance`, and `shared_dim`: prefix of a prepared data set."""
     calibration_sequences: Positive = 64
     calibration_seq_len: Annotated[int, Field(gt=1)] = 512
     granularity: Positive = 2
@@ -225,10 +232,14 @@ class UpcycleConfig(Section):
             return False
         return self.method != "dsmoe" if self.weight_scaling is None else self.weight_scaling
 
+    @property
+    def needs_calibration(self) -> bool:
+        return self.method in SPLITS and (self.split in ("coactivation", "importance") or self.shared_dim is not None)
+
     def idle(self) -> set[str]:
         idle = {name for name, methods in UPCYCLE_OPTIONS.items() if self.method not in methods}
         idle |= set() if self.split == "cluster" else {"cluster_on", "cluster_metric"}
-        idle |= set() if self.split in ("coactivation", "importance") else {"calibration", "calibration_sequences", "calibration_seq_len"}
+        idle |= set() if self.needs_calibration else {"calibration", "calibration_sequences", "calibration_seq_len"}
         return idle | (set() if self.merge in ("ties", "dare") else {"merge_density", "merge_scale"})
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,8 +23,17 @@ FIRING_SHARE = 0.1
 """A SwiGLU neuron is never exactly 0; it counts as firing when |h| is among this share of the token's largest."""
 
 
-def calibrated_partitions(config: UpcycleConfig, dense: ModelConfig) -> list[Tensor]:
-    """(E, F) neurons of each expert, by layer. ValueError for data that is missing, too short, or of another vocabulary."""
+@dataclass(frozen=True)
+class Calibration:
+    """By layer. shared: (F_s,) the neurons that become a shared FFN, in order; empty without `shared_dim`. partitions: (E, F) neurons of each
+    expert, numbered among those that are left; None where the split does not look at data."""
+
+    shared: list[Tensor]
+    partitions: list[Tensor] | None
+
+
+def calibrate(config: UpcycleConfig, dense: ModelConfig) -> Calibration:
+    """What the data says of each layer. ValueError for data that is missing, too short, or of another vocabulary."""
     assert config.calibration is not None, "config.check refuses this"
     seq_len = min(config.calibration_seq_len, dense.max_position_embeddings)
     data = EvalSet("calibration", config.calibration, seq_len, True, config.calibration_sequences, vocab_size=dense.vocab_size)
@@ -42,11 +52,39 @@ def calibrated_partitions(config: UpcycleConfig, dense: ModelConfig) -> list[Ten
     sequences = [
         {field: torch.from_numpy(getattr(s, field).copy())[None] for field in ("tokens", "labels", "positions", "document_ids")} for s in samples
     ]
-    draws = [generator(config.seed, f"layers.{i}.ffn.partition") for i in range(dense.num_layers)]
-    if config.split == "coactivation":
-        return [cluster_partition(f, config.num_experts, "cosine", d) for f, d in zip(firing(model, sequences), draws)]
-    clusters = sequence_clusters(model, sequences, config.num_experts, generator(config.seed, "calibration"))
-    return [importance_partition(i) for i in importance(model, sequences, clusters, config.num_experts)]
+    clusters, num_clusters = torch.zeros(len(sequences), dtype=torch.int64), 1
+    if config.split == "importance":
+        num_clusters = config.num_experts
+        clusters = sequence_clusters(model, sequences, num_clusters, generator(config.seed, "calibration"))
+    values: list[Tensor] = []
+    if config.split == "importance" or config.shared_dim is not None:
+        values = importance(model, sequences, clusters, num_clusters)
+    shared = [torch.empty(0, dtype=torch.int64)] * dense.num_layers
+    if config.shared_dim is not None:
+        shared = [most_important(v, config.shared_dim) for v in values]
+    rest = [remaining(dense.intermediate_size, s) for s in shared]
+    partitions = None
+    if config.split == "importance":
+        partitions = [importance_partition(v[:, r]) for v, r in zip(values, rest)]
+    elif config.split == "coactivation":
+        draws = [generator(config.seed, f"layers.{i}.ffn.partition") for i in range(dense.num_layers)]
+        fired = firing(model, sequences)
+        partitions = [cluster_partition(f[r], config.num_experts, "cosine", d) for f, r, d in zip(fired, rest, draws)]
+    return Calibration(shared, partitions)
+
+
+def most_important(values: Tensor, count: int) -> Tensor:
+    """(count,) neurons in order. values: (C, F0), the importance in each cluster of the data, of which the mean counts (clusters are of about
+    one size)."""
+    order = torch.sort(values.mean(0), descending=True, stable=True).indices
+    return order[:count].sort().values
+
+
+def remaining(intermediate_size: int, shared: Tensor) -> Tensor:
+    """The neurons that are not shared, in order."""
+    left = torch.ones(intermediate_size, dtype=torch.bool)
+    left[shared] = False
+    return left.nonzero()[:, 0]
 
 
 def firing(model: Transformer, sequences: list[dict[str, Tensor]]) -> list[Tensor]:

@@ -16,15 +16,31 @@ def dense_config(mixture: ModelConfig, join: str, where: str) -> ModelConfig:
     moe = mixture.moe
     if moe is None:
         raise ValueError(f"upcycle.dense ({where}) is dense already; method to_dense wants a mixture")
+    if isinstance(moe.expert_dim, list) or moe.strata is not None:
+        raise ValueError(f"upcycle.dense ({where}): its experts differ in size or lie in strata; to_dense joins equal experts side by side")
+    size = moe.num_experts * moe.expert_dim if join == "slices" else moe.expert_dim
+    if moe.shared is not None:
+        if moe.shared.combine != "sum":
+            raise ValueError(
+                f"upcycle.dense ({where}): its shared FFN is weighted token by token (combine: {moe.shared.combine}), so no dense FFN computes the "
+                f"same; exact for combine: sum"
+            )
+        size += moe.shared.dim
+    if mixture.num_moe_layers < mixture.num_layers and size != mixture.intermediate_size:
+        raise ValueError(
+            f"upcycle.dense ({where}): its sparse layers join to FFNs of {size} neurons, but its dense layers have {mixture.intermediate_size}, "
+            f"and one model has FFNs of one size"
+        )
+    dense = mixture.model_copy(update={"moe": None, "intermediate_size": size})
     if join == "slices":
-        return mixture.model_copy(update={"moe": None, "intermediate_size": moe.num_experts * moe.expert_dim})
+        return dense
     router = moe.router
     if not isinstance(router, TopKRouter) or not (router.normalize or router.top_k == moe.num_experts):
         raise ValueError(
             f"upcycle.dense ({where}): its router's weights have no fixed sum, so equal experts are not one dense FFN; exact for topk with "
             f"normalize: true, or top_k equal to num_experts"
         )
-    return mixture.model_copy(update={"moe": None, "intermediate_size": moe.expert_dim})
+    return dense
 
 
 def collapse(gate_up: Tensor, down: Tensor, mixture: ModelConfig, join: str, where: str) -> tuple[Tensor, Tensor, Tensor]:

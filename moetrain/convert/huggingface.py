@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moetrain.config import ModelConfig, MoEConfig, TopKRouter, config_from_dict, to_dict
+from moetrain.config import ModelConfig, TopKRouter, config_from_dict, to_dict
 from moetrain.data.tokenizer import TOKENIZER_FILES, Tokenizer, save_tokenizer
 from moetrain.model import Transformer
 
@@ -63,6 +63,8 @@ _FAMILIES = {
     "olmoe": _Family(eps=1e-5, positions=4096, kv_heads_optional=True, attention_bias=True),
     "mixtral": _Family(eps=1e-5, theta=1e6, positions=131072, window=True),
     "qwen3_moe": _Family(window_switch=True, window_default=4096, attention_bias=True),
+    "qwen2_moe": _Family(),
+    "deepseek_v3": _Family(positions=4096, kv_heads_optional=True, attention_bias=True),
 }
 
 # Keys that change what a model computes and have one value that this code computes. None and a missing key pass too.
@@ -71,9 +73,10 @@ _ONLY = {
     "attention_dropout": 0.0,
     "partial_rotary_factor": 1.0,
     "router_jitter_noise": 0.0,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
     "clip_qkv": None,
+    "moe_layer_freq": 1,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
     "is_encoder_decoder": False,
 }
 _ROPE_KEYS = {
@@ -82,6 +85,8 @@ _ROPE_KEYS = {
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"),
 }
+_MSCALE = ("mscale", "mscale_all_dim")
+"""Of yarn too, in DeepSeek's models."""
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -122,7 +127,7 @@ def _validate(model: dict[str, Any], path: Path) -> ModelConfig:
 def config_differences(full: ModelConfig, stock: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
     """(field, value, other value) for what acts in inference, where two configs differ."""
     for name in ModelConfig.model_fields:
-        if name in ("init_std", "moe") or (name == "intermediate_size" and full.moe is not None):
+        if name in ("init_std", "moe") or (name == "intermediate_size" and full.num_moe_layers == full.num_layers):
             continue
         a, b = getattr(full, name), getattr(stock, name)
         if name == "num_kv_heads":
@@ -140,14 +145,16 @@ def config_differences(full: ModelConfig, stock: ModelConfig) -> Iterator[tuple[
     if (full.moe is None) != (stock.moe is None):
         yield "moe", full.moe, stock.moe
     elif full.moe is not None and stock.moe is not None:
-        for name in ("num_experts", "expert_dim"):
+        if full.moe_layers != stock.moe_layers:
+            yield "moe.layers", full.moe_layers, stock.moe_layers
+        for name in ("num_experts", "expert_dim", "shared", "strata"):
             if getattr(full.moe, name) != getattr(stock.moe, name):
                 yield f"moe.{name}", getattr(full.moe, name), getattr(stock.moe, name)
         if full.moe.router.type != stock.moe.router.type:
             yield "moe.router.type", full.moe.router.type, stock.moe.router.type
             return
         # What a stock architecture has no words for is at its default there, and must be here.
-        names = ("top_k", "score", "gate", "normalize", "output_scale", "selection_bias", "num_groups")
+        names = ("top_k", "score", "gate", "normalize", "output_scale", "selection_bias", "num_groups", "top_groups")
         names += ("threshold", "zero_routes", "rescale", "rescale_in_eval", "bias", "input", "target_active")
         for name in names:
             a, b = getattr(full.moe.router, name, None), getattr(stock.moe.router, name, None)
@@ -166,7 +173,7 @@ def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
     scaling = config.rope_scaling
     if scaling is None:
         return None
-    options = {name: getattr(scaling, name) for name in _ROPE_KEYS[scaling.type]}
+    options = {name: getattr(scaling, name) for name in (*_ROPE_KEYS[scaling.type], *_MSCALE)}
     return {"rope_type": scaling.type, **{k: v for k, v in options.items() if v is not None}}
 
 
@@ -198,6 +205,8 @@ def _read_stock(raw: dict[str, Any], kind: str, path: Path) -> dict[str, Any]:
     for name, read in (("attention_bias", family.attention_bias), ("mlp_bias", family.mlp_bias)):
         if given.get(name, False) and not read:
             raise ValueError(f"{path}: {name} is {raw[name]!r}; {kind} models have no such bias; supported: false")
+    if kind == "qwen2_moe" and given.get("use_sliding_window", False):
+        raise ValueError(f"{path}: use_sliding_window is True; supported for qwen2_moe: false, since versions of transformers differ in its layers")
     if "quantization_config" in given:
         raise ValueError(f"{path}: quantization_config is set; supported: float checkpoints; load the model dequantized and save it again")
     if family.kv_heads_optional or ("num_key_value_heads" in raw and raw["num_key_value_heads"] is None):
@@ -221,7 +230,7 @@ def _read_stock(raw: dict[str, Any], kind: str, path: Path) -> dict[str, Any]:
         "rope_scaling": scaling,
         "norm_eps": given.get("rms_norm_eps", family.eps),
         "tie_embeddings": given.get("tie_word_embeddings", False),
-        "qkv_bias": bias or kind == "qwen2",
+        "qkv_bias": bias or kind == "qwen2" or (kind == "qwen2_moe" and given.get("qkv_bias", True)),
         "o_bias": bias,
         "mlp_bias": given.get("mlp_bias", False),
         "qk_norm": kind in ("qwen3", "qwen3_moe", "olmoe"),
@@ -239,14 +248,64 @@ def _read_stock(raw: dict[str, Any], kind: str, path: Path) -> dict[str, Any]:
     elif kind == "olmoe":
         router = {"type": "topk", "top_k": given.get("num_experts_per_tok", 8), "normalize": given.get("norm_topk_prob", False)}
         model["moe"] = {"num_experts": given.get("num_experts", 64), "expert_dim": need("intermediate_size"), "router": router}
-    elif kind == "qwen3_moe":
+    elif kind == "deepseek_v3":
+        model |= _read_deepseek(raw, given, layers, path)
+    elif kind in ("qwen2_moe", "qwen3_moe"):
         router = {"type": "topk", "top_k": need("num_experts_per_tok"), "normalize": given.get("norm_topk_prob", False)}
         model["moe"] = {
             "num_experts": need("num_experts", "num_local_experts"),
             "expert_dim": need("moe_intermediate_size"),
             "router": router,
         }
+        model["moe"]["layers"] = _read_sparse_layers(given, layers, path)
+        if kind == "qwen2_moe":
+            model["moe"]["shared"] = {"dim": given.get("shared_expert_intermediate_size", 5632), "combine": "gate"}
     return model
+
+
+def _read_deepseek(raw: dict[str, Any], given: dict[str, Any], layers: int, path: Path) -> dict[str, Any]:
+    """What DeepSeek-V3 has of its own: latent attention, sigmoid routing with a bias and groups, shared experts, dense first layers."""
+    heads = given.get("num_attention_heads")
+    if given.get("num_key_value_heads", heads) != heads:
+        raise ValueError(f"{path}: num_key_value_heads is {raw['num_key_value_heads']!r}; latent attention has as many as heads ({heads})")
+    groups, top_groups, top_k = given.get("n_group", 8), given.get("topk_group", 4), given.get("num_experts_per_tok", 8)
+    if groups > 1 and top_k // top_groups != 2:
+        raise ValueError(
+            f"{path}: num_experts_per_tok is {top_k} with topk_group {top_groups}; a group counts by its 2 best scores, which is supported for "
+            f"2 experts per group that is used"
+        )
+    dense = given.get("first_k_dense_replace", 3)
+    if dense >= layers:
+        raise ValueError(f"{path}: first_k_dense_replace ({dense}) leaves none of {layers} layers sparse; use a dense architecture")
+    latent = {name: given.get(name, default) for name, default in _LATENT.items()}
+    # null has a meaning of its own here.
+    latent["q_lora_rank"] = raw.get("q_lora_rank", _LATENT["q_lora_rank"])
+    size = given.get("moe_intermediate_size", 2048)
+    router = {
+        "type": "topk", "top_k": top_k, "score": "sigmoid", "selection_bias": True, "normalize": given.get("norm_topk_prob", True),
+        "output_scale": float(given.get("routed_scaling_factor", 2.5)), "num_groups": groups,
+        **({"top_groups": top_groups} if groups > 1 else {}),
+    }  # fmt: skip
+    moe = {
+        "num_experts": given.get("n_routed_experts", given.get("num_local_experts", 256)), "expert_dim": size, "router": router,
+        "shared": {"dim": size * given.get("n_shared_experts", 1)}, "layers": {"first": dense} if dense else None,
+    }  # fmt: skip
+    return {"head_dim": None, "num_kv_heads": None, "mla": latent, "moe": moe}
+
+
+_LATENT = {
+    "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "rope_interleave": True,
+}  # fmt: skip
+"""Options of latent attention and what transformers assumes for them."""
+
+
+def _read_sparse_layers(given: dict[str, Any], layers: int, path: Path) -> list[int] | None:
+    """Qwen's two keys: every `decoder_sparse_step`-th layer, counted from 1, without `mlp_only_layers`. None: all."""
+    step, dense = given.get("decoder_sparse_step", 1), given.get("mlp_only_layers", [])
+    sparse = [i for i in range(layers) if (i + 1) % step == 0 and i not in dense]
+    if not sparse:
+        raise ValueError(f"{path}: decoder_sparse_step ({step}) and mlp_only_layers ({dense}) leave no sparse layer; use the dense architecture")
+    return None if len(sparse) == layers else sparse
 
 
 def _read_window(raw: dict[str, Any], given: dict[str, Any], kind: str, layers: int, path: Path) -> tuple[int | None, list[int] | None]:
@@ -313,11 +372,12 @@ def _read_rope(raw: dict[str, Any], given: dict[str, Any], kind: str, path: Path
         del parameters["partial_rotary_factor"]
     if rope_type == "yarn" and parameters.get("truncate") is True:
         del parameters["truncate"]
-    unknown = sorted(set(parameters) - set(_ROPE_KEYS[rope_type]))
+    known = _ROPE_KEYS[rope_type] + (_MSCALE if kind == "deepseek_v3" and rope_type == "yarn" else ())
+    unknown = sorted(set(parameters) - set(known))
     if unknown:
         raise ValueError(
             f"{path}: {field}.{unknown[0]} is {parameters[unknown[0]]!r}; "
-            f"supported for rope_type {rope_type}: {', '.join(_ROPE_KEYS[rope_type]) or 'no other key'}"
+            f"supported for rope_type {rope_type}: {', '.join(known) or 'no other key'}"
         )
     if rope_type == "default":
         return float(theta), None
@@ -349,29 +409,47 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(p.shape) for name, p in Transformer(config).named_parameters()}
 
 
-def _layouts(name: str, shape: tuple[int, ...], mixtral: bool) -> list[_Stored]:
-    """Every layout in which a parameter is found, the one to write first."""
-    if name.endswith("router.noise"):
+def _layouts(name: str, shape: tuple[int, ...], kind: str, config: ModelConfig) -> list[_Stored]:
+    """Every layout in which a parameter is found, the one to write in a folder of this model_type first."""
+    if name.endswith(".noise"):
         # Of use in training alone, and no stock architecture has a place for it; it starts at 0.
         return [_Stored((), shape)]
+    if ".ffn.shared." in name:
+        return _shared_layouts(name, shape, kind)
     if ".ffn." not in name or not (".router." in name or ".experts." in name):
         return [_Stored((_dense_key(name),), shape)]
-    _, layer, _, part, kind = name.split(".")
+    mixtral, deepseek = kind == "mixtral", kind == "deepseek_v3"
+    _, layer, _, part, *rest = name.split(".")
+    kind, of_size = rest[-1], rest[:-1]
     blocks = [f"model.layers.{layer}.mlp", f"model.layers.{layer}.block_sparse_moe"]
     styles = [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")]
     if mixtral:
         blocks.reverse()
         styles.reverse()
+    if part == "router" and len(rest) > 1:  # one per stratum
+        return [_Stored((f"{blocks[0]}.gate.{'.'.join(rest)}",), shape)]
     if part == "router":
-        return [_Stored((f"{block}.gate.{kind}",), shape) for block in blocks]
+        names = [kind, "e_score_correction_bias"] if kind == "selection_bias" else [kind]
+        return [_Stored((f"{block}.gate.{name}",), shape) for name in (reversed(names) if deepseek else names) for block in blocks]
     E, rows, columns = shape
+    # Where sizes differ, a parameter holds the experts of one size, and no file has them stacked.
+    assert config.moe is not None, "a mixture"
+    members = list(config.moe.groups.values())[int(of_size[0])] if of_size else range(E)
     found = []
     for block in blocks:
         for gate, up, down in styles:
             parts = (gate, up) if kind == "gate_up" else (down,)
-            keys = tuple(f"{block}.experts.{e}.{p}.weight" for e in range(E) for p in parts)
+            keys = tuple(f"{block}.experts.{e}.{p}.weight" for e in members for p in parts)
             found.append(_Stored(keys, (rows // len(parts), columns)))
-    return found + [_Stored((f"{block}.experts.{kind}_proj",), shape) for block in blocks]
+    return found if of_size else found + [_Stored((f"{block}.experts.{kind}_proj",), shape) for block in blocks]
+
+
+def _shared_layouts(name: str, shape: tuple[int, ...], kind: str) -> list[_Stored]:
+    layer, tail = name.split(".")[1], name.partition(".shared.")[2]
+    blocks = {"moetrain": "shared", "qwen2_moe": "shared_expert", "deepseek_v3": "shared_experts"}
+    order = sorted(blocks, key=lambda k: k != kind)
+    keys = [f"{blocks[k]}.{tail}" if not (tail == "mix.weight" and k == "qwen2_moe") else "shared_expert_gate.weight" for k in order]
+    return [_Stored((f"model.layers.{layer}.mlp.{key}",), shape) for key in keys]
 
 
 def _dense_key(name: str) -> str:
@@ -380,6 +458,8 @@ def _dense_key(name: str) -> str:
     _, layer, rest = name.split(".", 2)
     part, _, tail = rest.partition(".")
     part = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn": "self_attn", "ffn": "mlp"}[part]
+    for ours, theirs in (("q_a_norm.", "q_a_layernorm."), ("kv_a_norm.", "kv_a_layernorm."), ("kv_a_proj.", "kv_a_proj_with_mqa.")):
+        tail = theirs + tail.removeprefix(ours) if tail.startswith(ours) else tail
     return f"model.layers.{layer}.{part}.{tail}"
 
 
@@ -427,7 +507,7 @@ def _plan(folder: Path, config: ModelConfig, files: ExitStack) -> tuple[list[tup
     plan, missing, used = [], [], set()
     for name, shape in parameter_shapes(config).items():
         # Of the layouts the one of which most is there, so that a single lost expert is named and not the whole layer.
-        stored = max(_layouts(name, shape, False), key=lambda s: sum(k in where for k in s.keys) / max(1, len(s.keys)))
+        stored = max(_layouts(name, shape, "moetrain", config), key=lambda s: sum(k in where for k in s.keys) / max(1, len(s.keys)))
         missing += [key for key in stored.keys if key not in where]
         used.update(stored.keys)
         plan.append((name, shape, stored))
@@ -492,17 +572,28 @@ def architecture(config: ModelConfig) -> str:
     sliding = _sliding_layers(c)
     all_or_none = len(sliding) in (0, c.num_layers)
     biased = c.qkv_bias or c.o_bias
+    if c.finedeep is not None:
+        return "moetrain"
     if c.moe is not None:
-        if not isinstance(c.moe.router, TopKRouter) or not all_or_none or c.mlp_bias:
+        if not isinstance(c.moe.router, TopKRouter) or not all_or_none or c.mlp_bias or isinstance(c.moe.expert_dim, list) or c.moe.strata:
             return "moetrain"
+        if c.mla is not None:
+            return "deepseek_v3" if _is_deepseek(c) else "moetrain"
         if c.moe.router.score != "softmax" or c.moe.router.gate != "linear":
             return "moetrain"
+        if c.moe.shared is not None:
+            plain = not c.qk_norm and not c.o_bias and not sliding
+            return "qwen2_moe" if plain and c.moe.shared.combine == "gate" else "moetrain"
+        if c.num_moe_layers < c.num_layers:  # Mixtral and OLMoE have no dense layers
+            return "qwen3_moe" if c.qk_norm and c.qk_norm_over == "head" and c.qkv_bias == c.o_bias else "moetrain"
         if not c.qk_norm and not biased and c.moe.router.normalize:
             return "mixtral"
         if c.qk_norm and c.qk_norm_over == "all":
             plain = not sliding and c.qkv_bias == c.o_bias and c.num_heads * c.head_size == c.hidden_size
             return "olmoe" if plain else "moetrain"
         return "qwen3_moe" if c.qk_norm and c.qkv_bias == c.o_bias else "moetrain"
+    if c.mla is not None:
+        return "moetrain"
     if c.qk_norm:
         return "qwen3" if c.qk_norm_over == "head" and c.qkv_bias == c.o_bias and not c.mlp_bias else "moetrain"
     # transformers refuses a LLaMA whose hidden size its heads don't divide, head_dim or not.
@@ -515,6 +606,18 @@ def architecture(config: ModelConfig) -> str:
     return "moetrain"
 
 
+def _is_deepseek(c: ModelConfig) -> bool:
+    """Of a model with latent attention and a top-k router."""
+    assert c.moe is not None and isinstance(c.moe.router, TopKRouter), "asked by architecture"
+    moe, router = c.moe, c.moe.router
+    # A group counts by its two best scores there, by top_k / top_groups of them here.
+    groups = moe.num_experts // router.num_groups >= 2 and (router.num_groups == 1 or router.top_k // router.top_groups == 2)
+    routed = router.score == "sigmoid" and router.gate == "linear" and router.selection_bias and groups
+    shared = moe.shared is not None and moe.shared.combine == "sum" and moe.shared.dim % moe.expert_dim == 0
+    last_layers = c.moe_layers == list(range(c.num_layers - c.num_moe_layers, c.num_layers))
+    return routed and shared and last_layers and c.qkv_bias == c.o_bias
+
+
 _CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -523,6 +626,8 @@ _CLASSES = {
     "mixtral": "MixtralForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "olmoe": "OlmoeForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
     "moetrain": "MoetrainForCausalLM",
 }
 
@@ -562,8 +667,10 @@ def config_json(config: ModelConfig, dtype: torch.dtype, special: dict[str, Any]
         return raw
     raw["rope_theta"] = c.rope_theta
     raw["rope_scaling"] = _rope_scaling(c)
-    if kind in ("llama", "qwen3", "qwen3_moe", "olmoe"):
+    if kind in ("llama", "qwen3", "qwen3_moe", "olmoe", "deepseek_v3"):
         raw["attention_bias"] = c.qkv_bias
+    if kind == "qwen2_moe":
+        raw["qkv_bias"] = c.qkv_bias
     if kind == "llama":
         raw["mlp_bias"] = c.mlp_bias
     sliding = _sliding_layers(c)
@@ -584,22 +691,45 @@ def config_json(config: ModelConfig, dtype: torch.dtype, special: dict[str, Any]
             raw["num_experts"] = c.moe.num_experts
             raw["intermediate_size"] = c.moe.expert_dim
             raw["norm_topk_prob"] = c.moe.router.normalize
+        elif kind == "deepseek_v3":
+            raw |= _deepseek_json(c)
         else:
             raw["num_experts"] = c.moe.num_experts
             raw["moe_intermediate_size"] = c.moe.expert_dim
             raw["norm_topk_prob"] = c.moe.router.normalize
-            raw["decoder_sparse_step"], raw["mlp_only_layers"] = 1, []
+            raw["decoder_sparse_step"], raw["mlp_only_layers"] = 1, sorted(set(range(c.num_layers)) - set(c.moe_layers))
+            if kind == "qwen2_moe" and c.moe.shared is not None:
+                raw["shared_expert_intermediate_size"] = c.moe.shared.dim
     return raw
 
 
+def _deepseek_json(c: ModelConfig) -> dict[str, Any]:
+    assert c.mla is not None and c.moe is not None and c.moe.shared is not None and isinstance(c.moe.router, TopKRouter), "_is_deepseek"
+    moe, router = c.moe, c.moe.router
+    return {
+        **{name: getattr(c.mla, name) for name in _LATENT},
+        "head_dim": c.mla.qk_rope_head_dim,  # so transformers calls the part that is rotated
+        "n_routed_experts": moe.num_experts,
+        "moe_intermediate_size": moe.expert_dim,
+        "n_shared_experts": c.moe.shared.dim // moe.expert_dim,
+        "first_k_dense_replace": c.num_layers - c.num_moe_layers,
+        "n_group": router.num_groups,
+        "topk_group": router.top_groups,
+        "norm_topk_prob": router.normalize,
+        "routed_scaling_factor": router.output_scale,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "num_nextn_predict_layers": 0,
+    }
+
+
 def fold_output_scale(config: ModelConfig) -> tuple[ModelConfig, float]:
-    """The same model with output_scale 1, and the factor that its experts' down projections must be multiplied by."""
-    if config.moe is None or not isinstance(config.moe.router, TopKRouter):
+    """The same model with output_scale 1, and the factor that its experts' down projections must be multiplied by. DeepSeek-V3 has the scale."""
+    if config.moe is None or not isinstance(config.moe.router, TopKRouter) or architecture(config) == "deepseek_v3":
         return config, 1.0
     scale = config.moe.router.output_scale
     router = config.moe.router.model_copy(update={"output_scale": 1.0})
-    moe = MoEConfig(num_experts=config.moe.num_experts, expert_dim=config.moe.expert_dim, router=router)
-    return config.model_copy(update={"moe": moe}), scale
+    return config.model_copy(update={"moe": config.moe.model_copy(update={"router": router})}), scale
 
 
 def check_output(folder: str | Path) -> Path:
@@ -623,9 +753,9 @@ def write_model(
     """Write a Hugging Face folder that AutoModelForCausalLM loads; returns its files.
 
     tensors: (our name, tensor) of every parameter, once, in any order; memory is one shard. dtype: None keeps each tensor's. A top-k
-    router's output_scale is multiplied into the experts' down projections, since no stock architecture has it; the weights of its noise,
-    which only training has, are left out and are 0 when the folder is read. tokenizer: written beside,
-    its special tokens named in config.json. source: a Hugging Face folder whose tokenizer files and special tokens are taken over instead.
+    router's output_scale is multiplied into the experts' down projections, but for DeepSeek-V3, which has it; the weights of its noise, which
+    only training has, are left out and are 0 when the folder is read. tokenizer: written beside, its special tokens named in config.json.
+    source: a Hugging Face folder whose tokenizer files and special tokens are taken over instead.
     The folder appears under its name only when it is whole. ValueError if it exists and is not empty, or for a router that only
     `--import` made known.
     """
@@ -664,7 +794,7 @@ def _write_weights(
     folder: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], scale: float, dtype: torch.dtype | None, max_shard_bytes: int
 ) -> torch.dtype:
     """Returns the dtype of the embedding, the one that config.json names."""
-    mixtral = architecture(config) == "mixtral"
+    kind = architecture(config)
     shapes, seen = parameter_shapes(config), set()
     shard: dict[str, Tensor] = {}
     shard_bytes, total, weight_map, count = 0, 0, {}, 0
@@ -686,7 +816,7 @@ def _write_weights(
             raise ValueError(f"{folder}: tensor {name} has dtype {tensor.dtype}; supported: {', '.join(DTYPES.values())}")
         seen.add(name)
         tensor = tensor.detach()
-        if scale != 1.0 and name.endswith("experts.down"):
+        if scale != 1.0 and ".ffn.experts." in name and name.endswith(".down"):
             tensor = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * scale).to(tensor.dtype)
         wanted = dtype or tensor.dtype
         if name.endswith(("router.selection_bias", "router.cut")):
@@ -694,7 +824,7 @@ def _write_weights(
         tensor = tensor.to("cpu", wanted).contiguous()
         if stored_dtype is None and name == "embed.weight":
             stored_dtype = tensor.dtype
-        layout = _layouts(name, shapes[name], mixtral)[0]
+        layout = _layouts(name, shapes[name], kind, config)[0]
         if not layout.keys:
             continue
         for key, part in zip(layout.keys, tensor.view(len(layout.keys), *layout.shape).unbind(), strict=True):

@@ -57,7 +57,7 @@ def aggregate(name: str, tensors: list[Tensor], model: ModelConfig, how: str, dr
     With sigmoid gates every output is divided by the number of mixtures (in down), so that equal mixtures give themselves: each route has its
     doubles, and neither Eq. 8 nor plain gates divide by them. With top-k it takes a top_k that counts the doubles.
     """
-    if ".ffn." not in name:
+    if not (".ffn.router." in name or ".ffn.experts." in name):
         return merge(tensors[0], tensors, how, 1.0, None, draws)
     assert model.moe is not None, "a mixture"
     if isinstance(model.moe.router, SigmoidSteRouter) and name.endswith("experts.down"):

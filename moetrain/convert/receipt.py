@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetrain.attention import Layout, RMSNorm, layer_window, make_layout, rope_frequencies, rope_tables
+from moetrain.attention import Layout, layer_window, make_layout, rope_frequencies, rope_tables
 from moetrain.config import ModelConfig
 from moetrain.convert.huggingface import read_tensors
 from moetrain.data.tokenizer import load_tokenizer
 from moetrain.model import Block
+from moetrain.modules import RMSNorm
 from moetrain.moe.routing import TokenContext
 
 SAMPLE_TOKENS = 512
@@ -151,7 +152,7 @@ class _Streamed:
         frequencies, scale = rope_frequencies(self.config)
         cos, sin = rope_tables(frequencies, scale, torch.arange(tokens.shape[1])[None], self.x.dtype)
         windows = {layer_window(self.config, i) for i in range(self.config.num_layers)}
-        self.layout = make_layout(cos, sin, None, windows, self.x.dtype)
+        self.layout = make_layout(cos, sin, None, windows, self.x.dtype, head_dim=self.config.head_size)
 
     def block(self, layer: int) -> Block:
         with torch.device("meta"):

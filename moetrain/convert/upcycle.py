@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from moetrain.config import BudgetRouter, ModelConfig, MoEConfig, Router, SigmoidSteRouter, TopKRouter, UpcycleConfig
+from moetrain.config.model import SharedConfig, layer_problems
 from moetrain.config.sections import SPLITS
-from moetrain.convert.calibrate import calibrated_partitions
+from moetrain.convert.calibrate import Calibration, calibrate, remaining
 from moetrain.convert.collapse import collapse, dense_config
 from moetrain.convert.copy import copy_ffn, drop_ffn, group_rows, scale_experts, step_0_factor, virtual_groups
 from moetrain.convert.huggingface import architecture, check_output, config_differences, parameter_shapes, read_config, read_tensors, write_model
@@ -63,18 +64,29 @@ def target_config(source: ModelConfig, upcycle: UpcycleConfig) -> ModelConfig:
         return _aggregate_config(source, upcycle)
     if source.moe is not None:
         raise ValueError(f"upcycle.dense ({upcycle.dense}) is a mixture of {source.moe.num_experts} experts already; give a dense model")
+    if source.finedeep is not None:
+        raise ValueError(f"upcycle.dense ({upcycle.dense}) has model.finedeep; a stack of gated sub-layers can't be cut or copied; give a plain FFN")
     if source.mlp_bias:
         raise ValueError(
             f"upcycle.dense ({upcycle.dense}) has mlp_bias: true; experts have no bias, and a bias can't be cut into slices that add up"
         )
     num_experts = len(upcycle.models) if upcycle.method == "btx" else upcycle.num_experts
     pieces = num_experts if upcycle.method in SPLITS else upcycle.granularity if upcycle.method == "virtual_groups" else 1
+    size, shared = source.intermediate_size, upcycle.shared_dim
+    if shared is not None and shared >= size:
+        raise ValueError(f"upcycle.shared_dim ({shared}) leaves no neuron of intermediate_size ({size}) to cut into experts")
     try:
-        expert_dim = check_split(source.intermediate_size, pieces)
+        expert_dim = check_split(size - (shared or 0), pieces)
     except ValueError as error:
         text = str(error) if upcycle.method != "virtual_groups" else str(error).replace("num_experts", "granularity", 1)
+        text = text if shared is None else text.replace("intermediate_size", "intermediate_size - shared_dim", 1)
         raise ValueError(f"upcycle.{text}") from None
-    moe = MoEConfig(num_experts=num_experts, expert_dim=expert_dim, router=_router(upcycle, num_experts))
+    for problem in layer_problems(upcycle.layers, source.num_layers):
+        raise ValueError(f"upcycle.layers{problem}, the layers of {upcycle.dense}")
+    moe = MoEConfig(
+        num_experts=num_experts, expert_dim=expert_dim, router=_router(upcycle, num_experts), layers=upcycle.layers,
+        shared=None if shared is None else SharedConfig(dim=shared),
+    )  # fmt: skip
     return source.model_copy(update={"moe": moe})
 
 
@@ -107,6 +119,8 @@ def _router(upcycle: UpcycleConfig, num_experts: int) -> Router:
 def _aggregate_config(source: ModelConfig, upcycle: UpcycleConfig) -> ModelConfig:
     if source.moe is None:
         raise ValueError(f"upcycle.dense ({upcycle.dense}) is dense; method aggregate wants mixtures")
+    if isinstance(source.moe.expert_dim, list) or source.moe.strata is not None:
+        raise ValueError(f"upcycle.dense ({upcycle.dense}): its experts differ in size or lie in strata; aggregate wants equal ones side by side")
     num_experts, own = source.moe.num_experts * (1 + len(upcycle.models)), source.moe.router
     router = own if upcycle.router is None else upcycle.router
     # What shapes the router's weights and what they mean is not the user's to change here.
@@ -115,7 +129,7 @@ def _aggregate_config(source: ModelConfig, upcycle: UpcycleConfig) -> ModelConfi
             raise ValueError(f"upcycle.router.{name} is {getattr(router, name, None)}, but {getattr(own, name, None)} in the mixtures")
     if isinstance(router, TopKRouter) and router.top_k > num_experts:
         raise ValueError(f"upcycle.router.top_k ({router.top_k}) is more than the experts of all mixtures ({num_experts})")
-    return source.model_copy(update={"moe": MoEConfig(num_experts=num_experts, expert_dim=source.moe.expert_dim, router=router)})
+    return source.model_copy(update={"moe": source.moe.model_copy(update={"num_experts": num_experts, "router": router})})
 
 
 def upcycle(config: UpcycleConfig, progress: Progress | None = None) -> UpcycleReport:
@@ -178,8 +192,8 @@ def _tensors(
     if config.method == "btx":
         return _branch_tensors(base, streams, target, config)
     # Before the first tensor is written, so that data that does not fit leaves nothing behind.
-    partitions = calibrated_partitions(config, source) if config.split in ("coactivation", "importance") else None
-    return _mixture_tensors(base, target, config, partitions)
+    calibration = calibrate(config, source) if config.needs_calibration else None
+    return _mixture_tensors(base, target, config, calibration)
 
 
 def _counted(tensors: Named, model: ModelConfig, progress: Progress | None) -> Named:
@@ -190,20 +204,30 @@ def _counted(tensors: Named, model: ModelConfig, progress: Progress | None) -> N
             progress(done, count)
 
 
-def _mixture_tensors(base: Named, target: ModelConfig, config: UpcycleConfig, partitions: list[Tensor] | None) -> Named:
+def _mixture_tensors(base: Named, target: ModelConfig, config: UpcycleConfig, calibration: Calibration | None) -> Named:
     shapes = parameter_shapes(target)
     ffn: dict[str, Tensor] = {}
     norm = torch.empty(0)
     for name, tensor in base:
-        if ".ffn." not in name:
+        if ".ffn." not in name or name in shapes:
             norm = tensor if ".ffn_norm." in name else norm
             yield name, tensor
             continue
         prefix, kind, _ = name.rsplit(".", 2)
         ffn[kind] = tensor
         if len(ffn) == 3:
-            partition = None if partitions is None else partitions[int(prefix.split(".")[1])]
-            gate_up, down = _experts(ffn["gate_proj"], ffn["up_proj"], ffn["down_proj"], prefix, config, partition)
+            gate, up, down = ffn["gate_proj"], ffn["up_proj"], ffn["down_proj"]
+            partition = None
+            if calibration is not None:
+                layer = int(prefix.split(".")[1])
+                partition = None if calibration.partitions is None else calibration.partitions[layer]
+                shared = calibration.shared[layer]
+                if config.shared_dim is not None:
+                    for part, whole in (("gate", gate[shared]), ("up", up[shared]), ("down", down[:, shared])):
+                        yield f"{prefix}.shared.{part}_proj.weight", whole
+                rest = remaining(len(gate), shared)
+                gate, up, down = gate[rest], up[rest], down[:, rest]
+            gate_up, down = _experts(gate, up, down, prefix, config, partition)
             yield from _layer(prefix, gate_up, down, norm, shapes, target, config)
             ffn = {}
 
@@ -249,7 +273,7 @@ def _branch_tensors(base: Named, streams: list[Named], target: ModelConfig, conf
     norm = torch.empty(0)
     for (name, start), *found in zip(base, *streams, strict=True):
         models = [tensor for _, tensor in found]
-        if ".ffn." not in name:
+        if ".ffn." not in name or name in shapes:
             draws = generator(config.seed, f"{name}/{config.merge}")
             merged = merge(start, models, config.merge, config.merge_density, config.merge_scale, draws)
             norm = merged if ".ffn_norm." in name else norm
@@ -270,15 +294,22 @@ def _aggregate_tensors(base: Named, streams: list[Named], source: ModelConfig, c
 
 
 def _dense_tensors(base: Named, source: ModelConfig, config: UpcycleConfig) -> Named:
-    gate_up = torch.empty(0)
+    assert source.moe is not None, "a mixture"
+    last = ".experts.down" if source.moe.shared is None else ".shared.down_proj.weight"
+    parts: dict[str, Tensor] = {}
     for name, tensor in base:
-        prefix = name.partition(".ffn.")[0]
-        if name.endswith(".experts.gate_up"):
-            gate_up = tensor
-        elif name.endswith(".experts.down"):
-            gate, up, down = collapse(gate_up, tensor, source, config.join, f"upcycle.dense ({config.dense}), {prefix}")
+        prefix, _, part = name.partition(".ffn.")
+        if not part.startswith(("router.", "experts.", "shared.")):
+            yield name, tensor
+            continue
+        parts[part] = tensor
+        if name.endswith(last):
+            where = f"upcycle.dense ({config.dense}), {prefix}"
+            gate, up, down = collapse(parts["experts.gate_up"], parts["experts.down"], source, config.join, where)
+            if source.moe.shared is not None:
+                gate, up = (torch.cat((parts[f"shared.{kind}_proj.weight"], own)) for kind, own in (("gate", gate), ("up", up)))
+                down = torch.cat((parts["shared.down_proj.weight"], down), dim=1)
             yield f"{prefix}.ffn.gate_proj.weight", gate.contiguous()
             yield f"{prefix}.ffn.up_proj.weight", up.contiguous()
             yield f"{prefix}.ffn.down_proj.weight", down
-        elif ".ffn.router." not in name:
-            yield name, tensor
+            parts = {}

@@ -1,4 +1,4 @@
-"""The MoE layer: route, dispatch, experts, combine.
+"""The MoE layer: route, dispatch, experts, combine; and beside the experts a fixed FFN, where there is one.
 
 It is written for one device. `dispatcher` and the experts' weights are exchanged from outside (moetrain.parallel) to spread the experts over
 ranks; the layer reads the same.
@@ -6,13 +6,16 @@ ranks; the layer reads the same.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 
 from moetrain.config import ModelConfig
 from moetrain.moe.dispatch import AllToAllDispatcher, LocalDispatcher
 from moetrain.moe.experts import GroupedExperts
 from moetrain.moe.routers import build_router
-from moetrain.moe.routing import LayerReport, TokenContext, statistics
+from moetrain.moe.routing import Decision, LayerReport, Routing, TokenContext, statistics
+from moetrain.moe.shared import SharedExpert
 
 
 class MoELayer(nn.Module):
@@ -25,12 +28,49 @@ class MoELayer(nn.Module):
         router = config.moe.router
         self.routes_by_residual = getattr(router, "input", "normed") == "residual"
         self.router = build_router(config, layer)
-        self.experts = GroupedExperts(config.moe.num_experts, config.hidden_size, config.moe.expert_dim)
+        # Experts of one size are computed together. Of several sizes, each is a group of its own, with a dispatch of its own, so that every rank
+        # holds as many experts of each size as any other; experts of size 0 are in none.
+        groups, D = config.moe.groups, config.hidden_size
+        self.members: list[list[int]] | None = None
+        self.experts: nn.Module
+        if [e for members in groups.values() for e in members] == list(range(config.moe.num_experts)) and len(groups) == 1:
+            self.experts = GroupedExperts(config.moe.num_experts, D, *groups)
+        else:
+            self.members = list(groups.values())
+            self.experts = nn.ModuleList(GroupedExperts(len(members), D, size) for size, members in groups.items())
+        self.shared = None if config.moe.shared is None else SharedExpert(config.hidden_size, config.moe.shared)
         self.dispatcher: LocalDispatcher | AllToAllDispatcher = LocalDispatcher()
 
     def forward(self, x: Tensor, context: TokenContext, residual: Tensor) -> tuple[Tensor, LayerReport]:
         """x: (T, D), normed. residual: (T, D), the stream before the norm. -> (T, D) to add to the stream, and what happened."""
         routing = self.router(residual if self.routes_by_residual else x, context)
-        work, plan = self.dispatcher.dispatch(x, routing)
-        y = self.dispatcher.combine(self.experts(work), plan)
+        y = self.compute(x, routing)
+        if self.shared is not None:
+            y = self.shared(x, y)
         return y, LayerReport(routing.losses, statistics(routing.decision, context.valid), routing.sums, routing.scores)
+
+    def routers(self) -> list[nn.Module]:
+        """One, or of strata one each."""
+        return list(self.router) if isinstance(self.router, nn.ModuleList) else [self.router]
+
+    def expert_groups(self) -> list[GroupedExperts]:
+        """One for each size of expert."""
+        return [self.experts] if self.members is None else list(self.experts)  # type: ignore[arg-type, list-item]
+
+    def compute(self, x: Tensor, routing: Routing) -> Tensor:
+        """x: (T, D) -> (T, D): the weighted sum of each token's experts, 0 for a token without routes."""
+        outputs = []
+        for experts, part in zip(self.expert_groups(), self._parts(routing), strict=True):
+            work, plan = self.dispatcher.dispatch(x, part)
+            outputs.append(self.dispatcher.combine(experts(work), plan))
+        return sum(outputs[1:], outputs[0])
+
+    def _parts(self, routing: Routing) -> Iterator[Routing]:
+        """The routes to each group of experts."""
+        if self.members is None:
+            yield routing
+            return
+        decision = routing.decision
+        for members in self.members:
+            probes = None if decision.probes is None else decision.probes[:, members]
+            yield Routing(Decision(decision.active[:, members], probes), routing.weights[:, members])

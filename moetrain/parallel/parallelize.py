@@ -39,10 +39,11 @@ def parallelize(model: Transformer, meshes: Meshes | None, train: TrainConfig) -
 def _spread_experts(layer: MoELayer, meshes: Meshes) -> None:
     ep = meshes.ep
     assert ep is not None, "experts are spread over the ep axis"
-    for name, parameter in list(layer.experts.named_parameters()):
-        assert parameter.is_meta, "experts are spread before they have values: a rank never holds all of them"
-        local = parameter.new_empty(parameter.shape[0] // ep.size(), *parameter.shape[1:])
-        setattr(layer.experts, name, nn.Parameter(DTensor.from_local(local, ep, [Shard(0)], run_check=False)))
+    for experts in layer.expert_groups():
+        for name, parameter in list(experts.named_parameters()):
+            assert parameter.is_meta, "experts are spread before they have values: a rank never holds all of them"
+            local = parameter.new_empty(parameter.shape[0] // ep.size(), *parameter.shape[1:])
+            setattr(experts, name, nn.Parameter(DTensor.from_local(local, ep, [Shard(0)], run_check=False)))
     layer.dispatcher = AllToAllDispatcher(ep.get_group())
 
 
@@ -64,11 +65,13 @@ def _shard(model: Transformer, meshes: Meshes, train: TrainConfig) -> None:
             if meshes.experts is not None:
                 # Dim 1 (2F or D), not the experts': the placements on ep and dp_shard then never share a dim, and few experts per rank still
                 # spread over many ranks.
-                fully_shard(block.ffn.experts, mesh=meshes.experts, mp_policy=policy, shard_placement_fn=lambda _: Shard(1))
-                sharded.append(block.ffn.experts)
+                for experts in block.ffn.expert_groups():
+                    fully_shard(experts, mesh=meshes.experts, mp_policy=policy, shard_placement_fn=lambda _: Shard(1))
+                    sharded.append(experts)
             # The router stays float32 under any policy; it is small, so it is not given back between forward and backward.
-            fully_shard(block.ffn.router, mesh=meshes.dense, mp_policy=exact, reshard_after_forward=False)
-            sharded.append(block.ffn.router)
+            for router in block.ffn.routers():
+                fully_shard(router, mesh=meshes.dense, mp_policy=exact, reshard_after_forward=False)
+                sharded.append(router)
         ignored = _ignored(block, meshes)
         fully_shard(block, mesh=meshes.dense, mp_policy=policy, ignored_params=ignored)
         sharded.append(block)

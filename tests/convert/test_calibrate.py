@@ -147,3 +147,42 @@ def test_refusals(tmp_path):
                 )
             )  # fmt: skip
     assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize("split", ["contiguous", "random", "cluster", "coactivation", "importance"])
+def test_shared_neurons_and_the_cut_rest_are_the_dense_model(split, tmp_path):
+    """Sharing-Inter: 16 of 48 neurons stay for every token, the rest is cut; all gates at 1, float64. And back: `to_dense` has the same function."""
+    save_stock("llama", tmp_path / "dense", torch.float64)
+    router = SigmoidSteRouter(rescale="none", bias=True, bias_init=40.0)
+    options = dict(calibration=write_data(tmp_path / "text"), calibration_seq_len=20, shared_dim=16, layers=[1], split=split)
+    upcycle(UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "moe"), num_experts=8, router=router, **options))
+    upcycle(UpcycleConfig(dense=str(tmp_path / "moe"), output=str(tmp_path / "again"), method="to_dense"))
+    found = {}
+    for name in ("dense", "moe", "again"):
+        found[name] = Transformer(read_config(tmp_path / name)).double().eval()
+        found[name].load_state_dict(dict(read_tensors(tmp_path / name, found[name].config)))
+    config = found["moe"].config
+    assert config.moe.shared.dim == 16 and config.moe.expert_dim == 4 and config.num_params() == found["dense"].config.num_params() + 8 * 32 + 8
+    for name in ("moe", "again"):
+        assert (logits(found[name], random_tokens()) - logits(found["dense"], random_tokens())).abs().max() <= 1e-10
+
+
+def test_the_shared_neurons_are_those_that_matter_most(tmp_path):
+    """Ten neurons of each layer are made large; they are the shared ones, bit for bit and in order."""
+    model = save_stock("llama", tmp_path / "dense", torch.float64)
+    large = torch.tensor([3, 4, 7, 11, 20, 21, 30, 33, 40, 47])
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight[:, large] *= 100
+    model.save_pretrained(tmp_path / "dense")
+    options = dict(calibration=write_data(tmp_path / "text"), calibration_seq_len=20, shared_dim=10, method="llama_moe")
+    with pytest.raises(ValueError, match=r"num_experts \(8\) does not divide intermediate_size - shared_dim \(38\)"):
+        upcycle(UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "moe"), **options))
+    with pytest.raises(ValueError, match=r"shared_dim \(48\) leaves no neuron of intermediate_size \(48\)"):
+        upcycle(UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "moe"), **{**options, "shared_dim": 48}))
+    report = upcycle(UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "moe"), num_experts=2, **options))
+    assert report.config.moe.router.output_scale == 2.0
+    before, after = (dict(read_tensors(tmp_path / name, read_config(tmp_path / name))) for name in ("dense", "moe"))
+    for layer in ("layers.0.ffn", "layers.1.ffn"):
+        for kind, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+            assert torch.equal(after[f"{layer}.shared.{kind}.weight"], before[f"{layer}.{kind}.weight"].index_select(dim, large))

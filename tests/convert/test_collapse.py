@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from moetrain.config import ModelConfig, MoEConfig, SigmoidSteRouter, TopKRouter, UpcycleConfig
-from moetrain.convert.collapse import collapse
+from moetrain.config import ModelConfig, MoEConfig, SharedConfig, SigmoidSteRouter, StrataConfig, TopKRouter, UpcycleConfig
+from moetrain.convert.collapse import collapse, dense_config
 from moetrain.convert.huggingface import read_config, read_tensors
-from moetrain.convert.upcycle import upcycle
+from moetrain.convert.upcycle import target_config, upcycle
 from tests.convert.test_huggingface import load_ours, logits, random_tokens, save_stock
 
 
@@ -82,3 +82,31 @@ def test_one_number_that_differs_is_seen(other):
     parts[other][1, -1, -1] = 2
     with pytest.raises(ValueError, match="here: expert 1 differs"):
         collapse(*parts.values(), model, "copies", "here")
+
+
+def test_sparse_layers_that_join_to_another_size_than_the_dense_ones_are_refused(tmp_path):
+    """Whole copies in one layer of two: as slices they would be a wider FFN than the other layer has; as copies they are that FFN."""
+    save_stock("llama", tmp_path / "dense")
+    upcycle(UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "moe"), method="copy", num_experts=4, layers=[1]))
+    with pytest.raises(ValueError, match="join to FFNs of 192 neurons, but its dense layers have 48"):
+        upcycle(UpcycleConfig(dense=str(tmp_path / "moe"), output=str(tmp_path / "x"), method="to_dense"))
+
+
+def test_a_weighted_shared_ffn_is_refused(tmp_path):
+    moe = MoEConfig(num_experts=2, expert_dim=8, router=TopKRouter(top_k=1), shared=SharedConfig(dim=4, combine="gate"))
+    config = ModelConfig(vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=16, moe=moe)
+    with pytest.raises(ValueError, match=r"weighted token by token \(combine: gate\)"):
+        dense_config(config, "slices", "here")
+    summed = config.model_copy(update={"moe": moe.model_copy(update={"shared": SharedConfig(dim=4)})})
+    assert dense_config(summed, "slices", "here").intermediate_size == 20
+    assert dense_config(summed, "copies", "here").intermediate_size == 12
+
+
+def test_experts_that_are_not_equal_and_side_by_side_are_refused():
+    for options in (dict(expert_dim=[4, 8]), dict(expert_dim=4, strata=StrataConfig(sizes=[1, 1]))):
+        moe = MoEConfig(num_experts=2, router=TopKRouter(top_k=1), **options)
+        config = ModelConfig(vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=16, moe=moe)
+        with pytest.raises(ValueError, match="differ in size or lie in strata"):
+            dense_config(config, "slices", "here")
+        with pytest.raises(ValueError, match="differ in size or lie in strata"):
+            target_config(config, UpcycleConfig(dense="a", output="b", method="aggregate", models=["c"]))

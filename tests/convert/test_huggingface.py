@@ -11,10 +11,12 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from moetrain.config import ModelConfig, MoEConfig, RopeScaling, SigmoidSteRouter, TopKRouter, to_dict
+from moetrain.config import MLAConfig, ModelConfig, MoEConfig, RopeScaling, SharedConfig, SigmoidSteRouter, TopKRouter, to_dict
 from moetrain.convert.huggingface import architecture, parameter_shapes, read_config, read_tensors, write_model
 from moetrain.data.tokenizer import load_tokenizer
 from moetrain.model import Transformer, init_weights
+from moetrain.moe.losses import coefficients
+from moetrain.moe.routing import TokenContext
 
 SIZES = dict(
     vocab_size=61,
@@ -29,6 +31,10 @@ LLAMA3 = dict(
     rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
 )
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)
+DEEPSEEK = dict(
+    n_routed_experts=8, num_experts_per_tok=4, n_group=4, topk_group=2, moe_intermediate_size=16, n_shared_experts=2, first_k_dense_replace=1,
+    q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6, num_key_value_heads=4,
+)  # fmt: skip
 
 FAMILIES = {
     "llama": (hf.LlamaConfig, {}),
@@ -58,6 +64,33 @@ FAMILIES = {
         hf.Qwen3MoeConfig,
         dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=16, norm_topk_prob=True),
     ),
+    "qwen3_moe_every_second": (
+        hf.Qwen3MoeConfig,
+        dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=16, decoder_sparse_step=2, num_hidden_layers=4),
+    ),
+    "qwen3_moe_dense_first": (
+        hf.Qwen3MoeConfig,
+        dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=16, mlp_only_layers=[0], norm_topk_prob=True),
+    ),
+    "qwen2_moe": (
+        hf.Qwen2MoeConfig,
+        dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=20),
+    ),
+    "qwen2_moe_dense_first": (
+        hf.Qwen2MoeConfig,
+        dict(
+            num_experts=5, num_experts_per_tok=3, moe_intermediate_size=24, shared_expert_intermediate_size=16, mlp_only_layers=[0],
+            norm_topk_prob=True, qkv_bias=False, head_dim=16,
+        ),
+    ),
+    "deepseek_moe": (hf.DeepseekV3Config, DEEPSEEK),
+    "deepseek_moe_no_groups": (
+        hf.DeepseekV3Config,
+        {**DEEPSEEK, **dict(n_group=1, topk_group=1, num_experts_per_tok=3, q_lora_rank=None, rope_interleave=False, attention_bias=True,
+                            first_k_dense_replace=0, norm_topk_prob=False, n_shared_experts=1, routed_scaling_factor=1.0)},
+    ),
+    "deepseek_moe_yarn": (hf.DeepseekV3Config, {**DEEPSEEK, "rope_parameters": dict(YARN, mscale=0.7, mscale_all_dim=1.3)}),
+    "deepseek_moe_yarn_all_dim": (hf.DeepseekV3Config, {**DEEPSEEK, "rope_parameters": dict(YARN, mscale_all_dim=1.0), "num_hidden_layers": 3}),
     "olmoe": (hf.OlmoeConfig, dict(num_experts=4, num_experts_per_tok=2)),
     "olmoe_normalized_bias": (hf.OlmoeConfig, dict(num_experts=5, num_experts_per_tok=3, norm_topk_prob=True, attention_bias=True)),
     "qwen3_moe_unnormalized": (
@@ -83,6 +116,9 @@ def save_stock(name, folder, dtype=torch.float32, **save):
         for key, p in model.named_parameters():
             # Norms and biases away from 1 and 0, matrices large enough that positions, windows and routes matter.
             p.copy_(torch.randn_like(p) * 0.2 + (1.0 if "norm" in key else 0.0))
+        for key, buffer in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.2)
     model = model.to(dtype)
     model.save_pretrained(folder, **save)
     return model
@@ -116,8 +152,10 @@ def test_read_model_computes_what_transformers_computes(name, tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_round_trip_is_bit_equal(name, tmp_path):
-    """Read, write, and compare every tensor of the files, and the logits of the written folder in transformers."""
-    stock = save_stock(name, tmp_path / "a")
+    """Read, write, and compare every tensor of the files, and the logits of both folders in transformers (a loaded model's last bits may differ
+    from those of one that was just made)."""
+    save_stock(name, tmp_path / "a")
+    stock = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "a").eval()
     config = read_config(tmp_path / "a")
     write_model(tmp_path / "b", config, read_tensors(tmp_path / "a", config))
     before, after = load_file(tmp_path / "a" / "model.safetensors"), load_file(tmp_path / "b" / "model.safetensors")
@@ -126,6 +164,39 @@ def test_round_trip_is_bit_equal(name, tmp_path):
     again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
     assert torch.equal(logits(again, random_tokens()), logits(stock, random_tokens()))
     assert read_config(tmp_path / "b") == config
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_moe"])
+def test_a_step_of_training_loses_nothing(name, tmp_path):
+    """Import, a step, export: the same tensors as before, the trained values bit for bit, what the step did not touch as it was, and transformers
+    computes what we do."""
+    save_stock(name, tmp_path / "a")
+    model = load_ours(tmp_path / "a").train()
+    tokens = random_tokens() % 30
+    output = model(tokens, labels=tokens.roll(-1, 1), context=TokenContext(keys=torch.arange(tokens.numel())))
+    factors = coefficients(model.config, None)
+    (output.loss_sum / tokens.numel() + sum(factors[n][0] * v for r in output.reports for n, v in r.losses.items())).backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1).step()
+    write_model(tmp_path / "b", model.config, model.named_parameters())
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("a", "b"))
+    assert before.keys() == after.keys()
+    same = {key for key in before if torch.equal(before[key], after[key])}
+    frozen = {key for key in before if key.endswith("e_score_correction_bias")}
+    idle = {k for k in before if ".experts." in k and int(k.split(".experts.")[1].split(".")[0]) in unused(output, int(k.split(".")[2]))}
+    assert frozen <= same <= frozen | idle
+    rows = [torch.equal(x, y) for x, y in zip(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])]
+    assert [i for i, kept in enumerate(rows) if kept] == sorted(set(range(SIZES["vocab_size"])) - set(tokens.flatten().tolist()))
+    trained = dict(model.named_parameters())
+    assert all(torch.equal(tensor, trained[key]) for key, tensor in read_tensors(tmp_path / "b", model.config))
+    stock = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
+    assert type(stock) is type(hf.AutoModelForCausalLM.from_config(FAMILIES[name][0](**{**SIZES, **FAMILIES[name][1]})))
+    assert (logits(stock, random_tokens()) - logits(model.eval(), random_tokens())).abs().max() <= 1e-5
+
+
+def unused(output, layer):
+    """Experts of a layer that no token took; none of a dense layer."""
+    stats = output.reports[layer].stats
+    return (stats["load"] == 0).nonzero().flatten().tolist() if stats else []
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3_moe"])
@@ -237,7 +308,17 @@ REFUSED = {
     "quantized": (dict(quantization_config={"bits": 4}), "quantization_config"),
     "kv heads": (dict(num_key_value_heads=3), "num_heads (4) must be a multiple of model.num_kv_heads (3)"),
     "type": (dict(hidden_size="32"), "hidden_size"),
-    "dense layers": (dict(model_type="qwen3_moe", mlp_only_layers=[0]), "mlp_only_layers is [0]"),
+    "dense layers": (
+        dict(model_type="qwen3_moe", mlp_only_layers=[0, 1], num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8),
+        "mlp_only_layers ([0, 1]) leave no sparse layer",
+    ),
+    "qwen2_moe window": (dict(model_type="qwen2_moe", use_sliding_window=True), "use_sliding_window is True; supported for qwen2_moe: false"),
+    "deepseek kv heads": (dict(model_type="deepseek_v3"), "num_key_value_heads is 2; latent attention has as many as heads (4)"),
+    "deepseek groups": (
+        dict(model_type="deepseek_v3", num_key_value_heads=4, num_experts_per_tok=4, topk_group=4), "num_experts_per_tok is 4 with topk_group 4",
+    ),
+    "deepseek dense": (dict(model_type="deepseek_v3", num_key_value_heads=4, first_k_dense_replace=2), "leaves none of 2 layers sparse"),
+    "deepseek v2": (dict(model_type="deepseek_v3", num_key_value_heads=4, scoring_func="softmax"), "scoring_func is 'softmax'"),
     "missing": (dict(vocab_size=None), "vocab_size is missing"),
 }
 
@@ -374,9 +455,15 @@ def weights(config, seed=0):
     return [(n, p.detach()) for n, p in model.named_parameters()]
 
 
+LATENT = MLAConfig(q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
+
+
 def test_architecture_by_features():
     topk = lambda **o: MoEConfig(num_experts=4, expert_dim=8, router=TopKRouter(top_k=2, **o))  # noqa: E731
+    some = lambda moe: moe.model_copy(update={"layers": [1]})  # noqa: E731
     sigmoid = MoEConfig(num_experts=4, expert_dim=8, router=SigmoidSteRouter())
+    v3 = dict(num_experts=4, expert_dim=8, router=TopKRouter(top_k=2, score="sigmoid", selection_bias=True), shared=SharedConfig(dim=16))
+    deepseek = lambda **o: small(num_kv_heads=None, mla=LATENT, moe=MoEConfig(**{**v3, **o}))  # noqa: E731
     table = [
         (small(), "llama"),
         (small(qkv_bias=True, o_bias=True, mlp_bias=True), "llama"),
@@ -393,6 +480,9 @@ def test_architecture_by_features():
         (small(moe=topk(normalize=False)), "moetrain"),
         (small(moe=topk(normalize=False), qk_norm=True), "qwen3_moe"),
         (small(moe=topk(), qk_norm=True, qk_norm_over="all"), "olmoe"),
+        (small(moe=some(topk())), "moetrain"),
+        (small(moe=some(topk()), qk_norm=True), "qwen3_moe"),
+        (small(moe=some(topk()), qk_norm=True, qk_norm_over="all"), "moetrain"),
         (small(moe=topk(), qk_norm=True, qk_norm_over="all", head_dim=16), "moetrain"),  # OLMoE's norm is as wide as the model
         (small(moe=topk(), qk_norm=True, qk_norm_over="all", sliding_window=4), "moetrain"),
         (small(qk_norm=True, qk_norm_over="all"), "moetrain"),
@@ -405,6 +495,19 @@ def test_architecture_by_features():
         (small(moe=topk(score="sigmoid")), "moetrain"),
         (small(moe=topk(score="sigmoid", selection_bias=True, num_groups=2)), "moetrain"),
         (small(moe=topk(gate="mlp")), "moetrain"),
+        (small(moe=topk(normalize=False).model_copy(update={"shared": SharedConfig(dim=8, combine="gate")})), "qwen2_moe"),
+        (small(moe=some(topk()).model_copy(update={"shared": SharedConfig(dim=8, combine="gate")}), qkv_bias=True), "qwen2_moe"),
+        (small(moe=topk().model_copy(update={"shared": SharedConfig(dim=8)})), "moetrain"),
+        (small(moe=topk().model_copy(update={"shared": SharedConfig(dim=8, combine="gate")}), qk_norm=True), "moetrain"),
+        (deepseek(), "deepseek_v3"),
+        (deepseek(layers=[1]), "deepseek_v3"),
+        (deepseek(layers=[0]), "moetrain"),
+        (deepseek(shared=None), "moetrain"),
+        (deepseek(shared=SharedConfig(dim=12)), "moetrain"),
+        (deepseek(router=TopKRouter(top_k=2, score="sigmoid")), "moetrain"),
+        (deepseek(router=TopKRouter(top_k=2, score="sigmoid", selection_bias=True, num_groups=2, top_groups=2)), "moetrain"),
+        (deepseek(router=SigmoidSteRouter()), "moetrain"),
+        (small(num_kv_heads=None, mla=LATENT), "moetrain"),
         (small(moe=topk(gate="cosine"), qk_norm=True), "moetrain"),
     ]
     for config, expected in table:

@@ -33,6 +33,9 @@ METHODS = {
     "virtual_groups": dict(method="virtual_groups", granularity=4),
     "virtual_groups_sigmoid": dict(method="virtual_groups", granularity=2, router=SIGMOID),
     "btx_ties": dict(method="btx", models=["m0", "m1", "m2", "m3"], merge="ties"),
+    "dsmoe_shared": dict(method="dsmoe", shared_dim=16, calibration="a", calibration_seq_len=12, calibration_sequences=8, router=SIGMOID),
+    "dsmoe_some": dict(method="dsmoe", layers=[1], router=SIGMOID),
+    "btx_some": dict(method="btx", models=["m0", "m1", "m2", "m3"], layers={"first": -1}),
     "aggregate": dict(method="aggregate", dense="mixture", models=["mixture2"]),
 }
 
@@ -108,7 +111,8 @@ def test_trained_exports(name, place, tmp_path):
     assert "step-00000002" in trained.source
     write_model(tmp_path / "out", trained.config, trained.tensors, dtype=torch.float32)
     kind = architecture(trained.config)
-    assert (kind == "moetrain") == (trained.config.moe.router.type == "sigmoid_ste" or not trained.config.moe.router.normalize)
+    stock = trained.config.moe.router.type == "topk" and trained.config.moe.router.normalize and trained.config.num_moe_layers == 2
+    assert (kind != "moetrain") == stock
     exported = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     ours = logits(load_ours(tmp_path / "out"), random_tokens())
     assert (logits(exported, random_tokens()) - ours).abs().max() <= 1e-4 * ours.abs().max()

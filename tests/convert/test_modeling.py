@@ -7,7 +7,20 @@ import pytest
 import torch
 import transformers as hf
 
-from moetrain.config import BudgetRouter, GenerateConfig, ModelConfig, MoEConfig, RopeScaling, SigmoidSteRouter, TopKRouter
+from moetrain.config import (
+    BudgetRouter,
+    FinedeepConfig,
+    GenerateConfig,
+    LayerRange,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeScaling,
+    SharedConfig,
+    SigmoidSteRouter,
+    StrataConfig,
+    TopKRouter,
+)
 from moetrain.convert.huggingface import read_config, read_tensors, write_model
 from moetrain.generate import generate
 from moetrain.model import Transformer, init_weights
@@ -16,6 +29,8 @@ VOCAB = 61
 YARN = RopeScaling(type="yarn", factor=4.0, original_max_position_embeddings=16)
 LLAMA3 = RopeScaling(type="llama3", factor=4.0, original_max_position_embeddings=32, low_freq_factor=1.0, high_freq_factor=4.0)
 LINEAR = RopeScaling(type="linear", factor=2.0)
+
+LATENT = MLAConfig(q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
 
 MODELS = {
     "dsmoe": dict(router=SigmoidSteRouter()),
@@ -39,6 +54,25 @@ MODELS = {
     "window_all_linear": dict(router=SigmoidSteRouter(), sliding_window=4, rope_scaling=LINEAR),
     "window_some": dict(router=SigmoidSteRouter(), sliding_window=4, sliding_layers=[1], head_dim=16),
     "norm_over_all": dict(router=SigmoidSteRouter(), qk_norm=True, qk_norm_over="all", head_dim=16),
+    "shared": dict(router=SigmoidSteRouter(), moe=dict(shared=SharedConfig(dim=12))),
+    "shared_gate": dict(router=SigmoidSteRouter(), moe=dict(shared=SharedConfig(dim=12, combine="gate"), layers=[1])),
+    "residual_moe": dict(router=TopKRouter(top_k=1, normalize=False), moe=dict(shared=SharedConfig(dim=12, combine="coefficient"))),
+    "mla": dict(router=SigmoidSteRouter(), mla=LATENT, num_kv_heads=None, moe=dict(layers=[1], shared=SharedConfig(dim=12))),
+    "mla_yarn_bias": dict(
+        router=TopKRouter(top_k=2), mla=MLAConfig(**{**LATENT.model_dump(), "q_lora_rank": None, "rope_interleave": False}), num_kv_heads=None,
+        qkv_bias=True, o_bias=True, rope_scaling=RopeScaling(**{**YARN.model_dump(), "mscale": 0.8, "mscale_all_dim": 1.2}),
+    ),
+    "mla_dense": dict(router=None, mla=LATENT, num_kv_heads=None),
+    "unequal": dict(router=SigmoidSteRouter(), moe=dict(num_experts=5, expert_dim=[8, 0, 5, 8, 0])),
+    "big_or_small": dict(router=TopKRouter(top_k=1, output_scale=2.0), moe=dict(expert_dim=[16, 4, 16, 4])),
+    "strata": dict(router=TopKRouter(top_k=1, normalize=False), moe=dict(strata=StrataConfig(sizes=[2, 2]))),
+    "strata_norm": dict(
+        router=TopKRouter(top_k=2, noise=True), moe=dict(num_experts=6, strata=StrataConfig(sizes=[2, 2, 2], norm=True), shared=SharedConfig(dim=4)),
+    ),
+    "finedeep": dict(router=None, finedeep=FinedeepConfig(sublayers=2, experts=4)),
+    "finedeep_below": dict(router=SigmoidSteRouter(), finedeep=FinedeepConfig(sublayers=4, experts=1), moe=dict(layers=[1])),
+    "some_sparse": dict(router=SigmoidSteRouter(), moe=dict(layers=[1])),
+    "every_second": dict(router=TopKRouter(top_k=2), moe=dict(layers=LayerRange(first=-2, every=2)), num_layers=3),
     "one_expert": dict(router=SigmoidSteRouter(), num_experts=1),
     "dense": dict(router=None, qk_norm=True, mlp_bias=True, sliding_window=4, sliding_layers=[0]),
 }
@@ -46,11 +80,9 @@ MODELS = {
 
 def make(name, folder, dtype=torch.float64):
     options = dict(MODELS[name])
-    router, num_experts = options.pop("router"), options.pop("num_experts", 4)
-    config = ModelConfig(
-        vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=32, max_position_embeddings=64,
-        moe=None if router is None else MoEConfig(num_experts=num_experts, expert_dim=16, router=router), **options,
-    )  # fmt: skip
+    router, more = options.pop("router"), {"num_experts": options.pop("num_experts", 4), "expert_dim": 16, **options.pop("moe", {})}
+    sizes = dict(vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=32, max_position_embeddings=64)
+    config = ModelConfig(**{**sizes, "moe": None if router is None else MoEConfig(router=router, **more), **options})
     model = Transformer(config).to(dtype).eval()
     init_weights(model, 0)
     generator = torch.Generator().manual_seed(3)
@@ -86,10 +118,10 @@ def test_logits_cache_padding_and_generation(name, tmp_path):
     # What was written is read back.
     config = read_config(tmp_path / "model")
     read = dict(read_tensors(tmp_path / "model", config))
-    scale = {"topk": 2.0, "deepseek": 2.5}.get(name, 1.0)  # output_scale, multiplied into `down`
+    scale = {"topk": 2.0, "big_or_small": 2.0, "deepseek": 2.5}.get(name, 1.0)  # output_scale, multiplied into `down`
     for key, p in ours.named_parameters():
         # What only training uses is left out.
-        wanted = p * scale if key.endswith("experts.down") else p * 0 if key.endswith("router.noise") else p
+        wanted = p * scale if ".experts." in key and key.endswith(".down") else p * 0 if key.endswith(".noise") else p
         assert torch.equal(read[key].to(p.dtype), wanted)
     # In pieces through the cache.
     cache, pieces = None, []

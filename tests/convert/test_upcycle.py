@@ -13,8 +13,8 @@ import pytest
 import torch
 import transformers as hf
 
-from moetrain.config import BudgetRouter, SigmoidSteRouter, TopKRouter, UpcycleConfig
-from moetrain.convert.huggingface import parameter_shapes, read_config, read_tensors
+from moetrain.config import BudgetRouter, FinedeepConfig, LayerRange, ModelConfig, SigmoidSteRouter, TopKRouter, UpcycleConfig
+from moetrain.convert.huggingface import parameter_shapes, read_config, read_tensors, write_model
 from moetrain.convert.upcycle import upcycle
 from moetrain.model import Transformer, initial_tensor
 from tests.convert.test_huggingface import FAMILIES, load_ours, logits, random_tokens, save_stock
@@ -33,6 +33,29 @@ def test_open_gates_are_the_dense_model(name, tmp_path):
     assert (logits(load_ours(tmp_path / "moe"), random_tokens()) - expected).abs().max() <= 1e-5
     exported = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "moe", trust_remote_code=True).eval()
     assert (logits(exported, random_tokens()) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(("layers", "sparse"), [([2, 0], [0, 2]), (LayerRange(first=1, every=2), [1, 3]), (LayerRange(first=-1), [3])])
+def test_only_some_layers_are_converted(layers, sparse, tmp_path):
+    """The others keep their FFN bit for bit; with open gates the whole is the dense model, and `to_dense` gives it back."""
+    FAMILIES["llama_4"] = (hf.LlamaConfig, dict(num_hidden_layers=4))
+    try:
+        stock = save_stock("llama_4", tmp_path / "dense")
+    finally:
+        del FAMILIES["llama_4"]
+    report = upcycle(UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "moe"), num_experts=8, router=OPEN, layers=layers))
+    assert report.config.moe_layers == sparse and [bool("active" in layer) for layer in report.receipt.layers] == [i in sparse for i in range(4)]
+    before, after = (dict(read_tensors(tmp_path / name, read_config(tmp_path / name))) for name in ("dense", "moe"))
+    for i in range(4):
+        assert (f"layers.{i}.ffn.experts.down" in after) == (i in sparse)
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items() if name in before)
+    expected = logits(stock, random_tokens())
+    assert (logits(load_ours(tmp_path / "moe"), random_tokens()) - expected).abs().max() <= 1e-5
+    exported = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "moe", trust_remote_code=True).eval()
+    assert (logits(exported, random_tokens()) - expected).abs().max() <= 1e-5
+    upcycle(UpcycleConfig(dense=str(tmp_path / "moe"), output=str(tmp_path / "again"), method="to_dense"))
+    again = dict(read_tensors(tmp_path / "again", read_config(tmp_path / "again")))
+    assert again.keys() == before.keys() and all(torch.equal(before[name], again[name]) for name in before)
 
 
 def test_llama_moe_with_every_expert_is_the_dense_model(tmp_path):
@@ -114,19 +137,25 @@ def test_refusals_write_nothing(tmp_path):
     save_stock("llama_biases", tmp_path / "bias")
     save_stock("llama", tmp_path / "dense")
     save_stock("mixtral", tmp_path / "moe")
+    deep = ModelConfig(
+        vocab_size=61, hidden_size=32, num_layers=1, num_heads=4, intermediate_size=48, finedeep=FinedeepConfig(sublayers=2, experts=2),
+    )  # fmt: skip
+    write_model(tmp_path / "deep", deep, ((n, torch.zeros(s)) for n, s in parameter_shapes(deep).items()))
     out = str(tmp_path / "out")
     for options, message in (
         (dict(dense="bias"), "mlp_bias: true"),
         (dict(dense="moe"), "mixture of 4 experts already"),
         (dict(dense="dense", num_experts=7), r"upcycle.num_experts \(7\) does not divide intermediate_size \(48\).*nearest that does: 6"),
         (dict(dense="nowhere"), "nowhere"),
+        (dict(dense="deep"), "has model.finedeep; a stack of gated sub-layers"),
+        (dict(dense="dense", layers=[2]), r"upcycle.layers: \[2\] outside 0..1, the layers of"),
     ):
         options["dense"] = str(tmp_path / options["dense"])
         with pytest.raises(ValueError, match=message):
             upcycle(UpcycleConfig(output=out, **options))
     with pytest.raises(ValueError, match="exists and is not empty"):
         upcycle(UpcycleConfig(dense=str(tmp_path / "dense"), output=str(tmp_path / "moe")))
-    assert sorted(os.listdir(tmp_path)) == ["bias", "dense", "moe"]
+    assert sorted(os.listdir(tmp_path)) == ["bias", "deep", "dense", "moe"]
 
 
 def test_killed_run_leaves_no_folder_of_that_name(tmp_path):

@@ -3,8 +3,8 @@
 Routers are sigmoid_ste (independent gates, those above a threshold route: a token has any number of experts, none included) and topk (by
 softmax or sigmoid scores of a linear, two-layer or cosine gate, with a bias that only chooses, and groups of experts) and budget (probabilities
 above a cut route).
-Attention has grouped heads, biases, q/k norms, sliding windows and rotary positions with linear, llama3 or yarn scaling. The key `moetrain`
-of config.json holds every option.
+Attention has grouped heads, biases, q/k norms, sliding windows and rotary positions with linear, llama3 or yarn scaling, or latents
+(MLA). Beside the experts there may be a fixed FFN. The key `moetrain` of config.json holds every option.
 
 Letters: B rows of a batch, S new positions, L positions in the cache and new ones, T = B*S tokens, D model dim, C head dim, E experts.
 """
@@ -52,6 +52,8 @@ class MoetrainConfig(PretrainedConfig):
 def _rope_frequencies(config: dict) -> tuple[Tensor, float]:
     """(C/2,) float32 and the factor on cos and sin."""
     dim, base, scaling = _head_dim(config), config["rope_theta"], config.get("rope_scaling")
+    if config.get("mla"):
+        dim = config["mla"]["qk_rope_head_dim"]
     periods = base ** (torch.arange(0, dim, 2, dtype=torch.int64, device="cpu").float() / dim)
     frequencies = 1.0 / periods
     if scaling is None:
@@ -78,7 +80,14 @@ def _rope_frequencies(config: dict) -> tuple[Tensor, float]:
     ramp = torch.clamp((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - first) / max(last - first, 1e-3), 0, 1)
     frequencies = 1.0 / (factor * periods) * ramp + frequencies * (1 - ramp)
     given = scaling.get("attention_factor")
-    return frequencies, (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0) if given is None else given
+    default = _magnitude(factor, 1.0)
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        default = _magnitude(factor, scaling["mscale"]) / _magnitude(factor, scaling["mscale_all_dim"])
+    return frequencies, default if given is None else given
+
+
+def _magnitude(factor: float, m: float) -> float:
+    return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _head_dim(config: dict) -> int:
@@ -133,6 +142,51 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).reshape(B, S, -1))
 
 
+class LatentAttention(nn.Module):
+    """Keys and values of all heads come from one latent vector per token, which is what the cache holds, with the part that is rotated."""
+
+    def __init__(self, config: dict, layer: int) -> None:
+        super().__init__()
+        D, H, m = config["hidden_size"], config["num_heads"], config["mla"]
+        self.layer, self.rank, self.interleave = layer, m["kv_lora_rank"], m["rope_interleave"]
+        self.nope, self.rope, self.value = m["qk_nope_head_dim"], m["qk_rope_head_dim"], m["v_head_dim"]
+        width = self.nope + self.rope
+        if m.get("q_lora_rank") is None:
+            self.q_proj = nn.Linear(D, H * width, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(D, m["q_lora_rank"], bias=config["qkv_bias"])
+            self.q_a_layernorm = RMSNorm(m["q_lora_rank"], 1e-6)
+            self.q_b_proj = nn.Linear(m["q_lora_rank"], H * width, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(D, self.rank + self.rope, bias=config["qkv_bias"])
+        self.kv_a_layernorm = RMSNorm(self.rank, 1e-6)
+        self.kv_b_proj = nn.Linear(self.rank, H * (self.nope + self.value), bias=False)
+        self.o_proj = nn.Linear(H * self.value, D, bias=config["o_bias"])
+        self.scale = width**-0.5
+        scaling = config.get("rope_scaling") or {}
+        if scaling.get("mscale_all_dim"):
+            self.scale *= _magnitude(scaling["factor"], scaling["mscale_all_dim"]) ** 2
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, start: int, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
+        """As Attention.forward."""
+        B, S, _ = x.shape
+        q = self.q_proj(x) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q, q_rope = q.view(B, S, -1, self.nope + self.rope).split([self.nope, self.rope], dim=-1)
+        q = torch.cat((q, self._rotate(q_rope, cos, sin)), dim=-1).transpose(1, 2)
+        latent, rope = self.kv_a_proj_with_mqa(x).view(B, S, 1, -1).split([self.rank, self.rope], dim=-1)
+        latent, rope = self.kv_a_layernorm(latent).transpose(1, 2), self._rotate(rope, cos, sin).transpose(1, 2)
+        if cache is not None:
+            latent, rope = cache.update(latent, rope, self.layer, {"cache_position": torch.arange(start, start + S, device=x.device)})
+        both = self.kv_b_proj(latent[:, 0]).view(B, latent.shape[2], -1, self.nope + self.value).transpose(1, 2)
+        k, v = both.split([self.nope, self.value], dim=-1)
+        k = torch.cat((k, rope.expand(-1, k.shape[1], -1, -1)), dim=-1)
+        mask = _visible(S, k.shape[2], start, None, attention_mask, x.device)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        return self.o_proj(out.transpose(1, 2).reshape(B, S, -1))
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return _rotate(torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1) if self.interleave else x, cos, sin)
+
+
 def _visible(S: int, L: int, start: int, window: int | None, attention_mask: Tensor | None, device: torch.device) -> Tensor:
     """(B or 1, 1, S, L) bool: which keys a query sees. A static cache is longer than start + S; what lies behind is never seen."""
     queries = torch.arange(start, start + S, device=device)[:, None]
@@ -168,6 +222,64 @@ class FeedForward(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Sublayer(nn.Module):
+    """Of Finedeep: sum_k sigmoid(<y_k, w_k>) y_k over the outputs y_k of small SwiGLU experts."""
+
+    def __init__(self, dim: int, experts: int, inner: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(experts, 2 * inner, dim))
+        self.down = nn.Parameter(torch.empty(experts, dim, inner))
+        self.output_gate = nn.Parameter(torch.empty(experts, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, S, D). Returns (B, S, D)."""
+        gate, up = torch.einsum("bsd,kfd->bskf", x, self.gate_up).chunk(2, dim=-1)
+        outputs = torch.einsum("bskf,kdf->bskd", F.silu(gate) * up, self.down)
+        dtype = _wide(x)
+        gates = torch.einsum("bskd,kd->bsk", outputs.to(dtype), self.output_gate.to(dtype)).sigmoid()
+        return (gates[..., None] * outputs).sum(-2).to(x.dtype)
+
+
+class Finedeep(nn.Module):
+    """Sub-layers one after the other, with norm and residual; the first one's norm is the layer's own."""
+
+    def __init__(self, config: dict) -> None:
+        super().__init__()
+        M, K, D = config["finedeep"]["sublayers"], config["finedeep"]["experts"], config["hidden_size"]
+        self.sublayers = nn.ModuleList(Sublayer(D, K, config["intermediate_size"] // (M * K)) for _ in range(M))
+        self.norms = nn.ModuleList(RMSNorm(D, config["norm_eps"]) for _ in range(M - 1))
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x: (B, S, D), normed. residual: the stream before the norm. Returns (B, S, D)."""
+        y = self.sublayers[0](x)
+        for sublayer, norm in zip(self.sublayers[1:], self.norms):
+            y = y + sublayer(norm(residual + y))
+        return y
+
+
+class Shared(FeedForward):
+    """A fixed FFN beside the experts, added to their sum y, or weighted token by token."""
+
+    def __init__(self, dim: int, options: dict) -> None:
+        super().__init__(dim, options["dim"])
+        self.combine = options["combine"]
+        outputs = {"sum": 0, "gate": 1, "coefficient": 2}[self.combine]
+        self.mix = nn.Linear(dim, outputs, bias=self.combine == "coefficient") if outputs else None
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x, y: (T, D). Returns (T, D)."""
+        shared = super().forward(x)
+        if self.mix is None:
+            return y + shared
+        dtype = _wide(x)
+        bias = None if self.mix.bias is None else self.mix.bias.to(dtype)
+        logits = F.linear(x.to(dtype), self.mix.weight.to(dtype), bias)
+        if self.combine == "gate":
+            return y + (logits.sigmoid() * shared).to(x.dtype)
+        share = logits.softmax(-1)
+        return (share[:, :1] * y + share[:, 1:] * shared).to(x.dtype)
+
+
 class Gate(nn.Module):
     """Logits of a token's experts. output: the second matrix of a two-layer gate. selection_bias: added to what chooses, not to what weighs."""
 
@@ -200,30 +312,65 @@ class MoE(nn.Module):
         known = ("sigmoid_ste", "topk", "budget")
         if self.options["type"] not in known:
             raise ValueError(f"moe.router.type is {self.options['type']!r}; supported: {', '.join(known)}")
-        self.gate = Gate(D, moe["num_experts"], self.options)
-        self.experts = nn.ModuleList(FeedForward(D, moe["expert_dim"]) for _ in range(moe["num_experts"]))
+        self.strata = moe["strata"]["sizes"] if moe.get("strata") else None
+        E = moe["num_experts"]
+        if self.strata is None:
+            self.gate = Gate(D, E, self.options)
+        else:
+            starts = [sum(self.strata[:i]) for i in range(len(self.strata))]
+            self.gate = nn.ModuleList(Gate(D, E - start, self.options) for start in starts)
+            self.norms = nn.ModuleList(RMSNorm(D, config["norm_eps"]) for _ in starts[1:] if moe["strata"]["norm"])
+        sizes = moe["expert_dim"] if isinstance(moe["expert_dim"], list) else [moe["expert_dim"]] * moe["num_experts"]
+        self.experts = nn.ModuleList(FeedForward(D, size) if size else nn.Identity() for size in sizes)
+        self.idle = [e for e, size in enumerate(sizes) if not size]
+        self.shared = Shared(D, moe["shared"]) if moe.get("shared") else None
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """x: (B, S, D), normed. residual: the stream before the norm. Returns (B, S, D)."""
         shape, x = x.shape, x.flatten(0, 1)
-        weights, active = self.route(residual.flatten(0, 1) if self.options.get("input") == "residual" else x, shape[0])
+        if self.strata is None:
+            seen = residual.flatten(0, 1) if self.options.get("input") == "residual" else x
+            y = self.compute(x, *self.route(self.gate, seen, shape[0]))
+        else:
+            y = self.pass_strata(x)
+        return (y if self.shared is None else self.shared(x, y)).view(shape)
+
+    def pass_strata(self, x: Tensor) -> Tensor:
+        """Stratified MoE: the best expert's stratum says where a token goes on, and a pass sees what came before it."""
+        y, state = torch.zeros_like(x), torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        stratum = torch.tensor([i for i, size in enumerate(self.strata) for _ in range(size)], device=x.device)
+        for i, gate in enumerate(self.gate):
+            here = state == i
+            seen = x + y if i else x
+            seen = self.norms[i - 1](seen) if i and len(self.norms) else seen
+            weights, active = self.route(gate, seen, 1)
+            first = len(stratum) - weights.shape[1]
+            weights, active = F.pad(weights * here[:, None], (first, 0)), F.pad(active & here[:, None], (first, 0))
+            y = y + self.compute(seen, weights, active)
+            state = torch.where(here, stratum[weights.argmax(-1)] + 1, state)
+        return y
+
+    def compute(self, x: Tensor, weights: Tensor, active: Tensor) -> Tensor:
+        """x: (T, D); weights, active: (T, E). Returns (T, D)."""
         # The outputs of a token's experts are added in float32, as in training.
         y = torch.zeros(x.shape, dtype=_wide(x), device=x.device)
         for e in active.any(0).nonzero().flatten().tolist():
+            if e in self.idle:
+                continue  # an expert without neurons: its tokens skip
             tokens = active[:, e].nonzero().flatten()
             y.index_add_(0, tokens, self.experts[e](x[tokens]).to(y.dtype) * weights[tokens, e, None].to(y.dtype))
-        return y.to(x.dtype).view(shape)
+        return y.to(x.dtype)
 
-    def route(self, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    def route(self, gate: Gate, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """x: (T, D), of so many rows of the batch. Returns weights (T, E), 0 where there is no route, and the routes (T, E) bool."""
         options, dtype = self.options, _wide(x)
-        logits = self.gate(x)
+        logits = gate(x)
         if options["type"] == "topk":
             sigmoid = options.get("score") == "sigmoid"
             scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
             ranking = scores if sigmoid else logits
-            if self.gate.selection_bias is not None:
-                ranking = ranking + self.gate.selection_bias.to(dtype)
+            if gate.selection_bias is not None:
+                ranking = ranking + gate.selection_bias.to(dtype)
             if options.get("num_groups", 1) > 1:
                 ranking = _within_groups(ranking, options["num_groups"], options["top_groups"], options["top_k"])
             chosen = ranking.sort(dim=-1, descending=True, stable=True).indices[:, : options["top_k"]]
@@ -233,7 +380,7 @@ class MoE(nn.Module):
                 weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
             return weights * options["output_scale"], active
         if options["type"] == "budget":
-            total, weight = self.gate.cut.double().unbind()
+            total, weight = gate.cut.double().unbind()
             weights = logits.softmax(-1)
             ranking = weights if options["rank_by"] == "probability" else logits
             if weight > 0:
@@ -267,20 +414,33 @@ def _within_groups(scores: Tensor, num_groups: int, top_groups: int, top_k: int)
     return torch.where(seen[:, :, None], groups, -math.inf).view_as(scores)
 
 
+def _moe_layers(config: dict) -> list[int]:
+    """Layers with experts: all, a list of them, or every n-th from one on."""
+    layers = list(range(config["num_layers"]))
+    if config.get("moe") is None:
+        return []
+    choice = config["moe"].get("layers")
+    if isinstance(choice, dict):
+        return layers[choice["first"] :: choice["every"]]
+    return layers if choice is None else choice
+
+
 class Layer(nn.Module):
     def __init__(self, config: dict, layer: int) -> None:
         super().__init__()
         D, eps = config["hidden_size"], config["norm_eps"]
         self.input_layernorm = RMSNorm(D, eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = LatentAttention(config, layer) if config.get("mla") else Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(D, eps)
-        dense = config.get("moe") is None
-        self.mlp = FeedForward(D, config["intermediate_size"], config["mlp_bias"]) if dense else MoE(config)
+        if layer in _moe_layers(config):
+            self.mlp = MoE(config)
+        else:
+            self.mlp = Finedeep(config) if config.get("finedeep") else FeedForward(D, config["intermediate_size"], config["mlp_bias"])
 
     def forward(self, x: Tensor, *attention: Any) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), *attention)
         normed = self.post_attention_layernorm(x)
-        return x + (self.mlp(normed, x) if isinstance(self.mlp, MoE) else self.mlp(normed))
+        return x + (self.mlp(normed) if isinstance(self.mlp, FeedForward) else self.mlp(normed, x))
 
 
 class Decoder(nn.Module):
@@ -319,6 +479,9 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
+        elif isinstance(module, Sublayer):
+            for parameter in module.parameters():
+                nn.init.normal_(parameter, std=self.config.initializer_range)
         elif isinstance(module, Gate):
             for name, parameter in module.named_parameters():
                 nn.init.zeros_(parameter) if "bias" in name else nn.init.normal_(parameter, std=self.config.initializer_range)
