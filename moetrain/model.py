@@ -33,6 +33,7 @@ from moetrain.attention import (
 )
 from moetrain.config import ModelConfig
 from moetrain.moe.layer import MoELayer
+from moetrain.moe.routers import start_value
 from moetrain.moe.routing import LayerReport, TokenContext
 
 IGNORE = -100
@@ -141,7 +142,7 @@ class Transformer(nn.Module):
         cos, sin = rope_tables(self.rope_frequencies.to(x.device), self.rope_scale, positions, x.dtype)
         layout = Layout(cos, sin, "sdpa") if cache is not None else make_layout(cos, sin, document_ids, self.windows, x.dtype)
         context = TokenContext() if context is None else context
-        context = dataclasses.replace(context, tokens=tokens.flatten())
+        context = dataclasses.replace(context, tokens=tokens.flatten(), sequence=S if context.sequence is None else context.sequence)
         reports = []
         for layer in self.layers:
             x, report = layer(x, layout, context, cache)
@@ -231,8 +232,11 @@ def initial_tensor(name: str, shape: Sequence[int], config: ModelConfig, seed: i
 
     A function of name, shape, config and seed alone, so every layout of ranks starts from the same weights. Norms are 1, biases 0 (the
     router's: `bias_init`), the weights of a router's noise 0, matrices normal; what writes into the residual stream is divided by
-    sqrt(2 * num_layers) (GPT-2).
+    sqrt(2 * num_layers) (GPT-2). What a router has a value of its own for (`routers.start_value`) starts with that.
     """
+    value = start_value(config, name, shape)
+    if value is not None:
+        return value
     if name.endswith("norm.weight"):
         return torch.ones(*shape, device="cpu")
     if name.endswith(("router.selection_bias", "router.noise")):

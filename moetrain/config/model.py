@@ -92,6 +92,7 @@ class ModelConfig(Section):
         else:
             ffn = experts_per_layer * 3 * D * self.moe.expert_dim
             router, small = self.moe.router.num_params(self.moe.num_experts, D)
+            small += self.moe.router.numbers_per_token_id() * self.vocab_size
         norms = 2 * self.head_size if self.qk_norm_over == "head" else q + kv
         small += 2 * D + self.qkv_bias * (q + 2 * kv) + self.o_bias * D + self.qk_norm * norms
         head = self.vocab_size * D

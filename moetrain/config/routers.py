@@ -32,6 +32,9 @@ class RouterOptions(Section):
     TRAINING: ClassVar[frozenset[str]] = frozenset({"init_std", "bias_init"})
     """Options that say how the model is trained and not what it computes: they may change when a run goes on."""
 
+    ROW_PER_EXPERT: ClassVar[bool] = True
+    """Every parameter has a row for each expert, so that virtual groups can repeat them."""
+
     def problems(self, num_experts: int) -> list[str]:
         """What is wrong between the options, each beginning with `.option` or `:`; the caller writes the section's name before it."""
         return []
@@ -47,6 +50,18 @@ class RouterOptions(Section):
     def default_active(self, num_experts: int) -> float:
         """Experts that a token uses as far as the options alone say: all, where it is learned."""
         return num_experts
+
+    def numbers_per_token_id(self) -> int:
+        """Parameters kept for each token id of the vocabulary, of no matrix."""
+        return 0
+
+    def tag_names(self) -> list[str]:
+        """Names of sources that the router tells apart: `TokenContext.tags` is a name's place in it, -1 for others; none: a source's number."""
+        return []
+
+    def caution(self) -> str | None:
+        """What somebody who trains with these options is told once, at the start."""
+        return None
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
