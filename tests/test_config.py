@@ -107,7 +107,7 @@ def test_all_errors_at_once_with_the_nearest_key() -> None:
         "modle: unknown key; did you mean model?",
         "data.train.0.path: missing; it has no default",
         "data.seqlen: unknown key; did you mean data.seq_len?",
-        "model.moe.router.type: found 'top_k'; one of sigmoid_ste, topk",
+        f"model.moe.router.type: found 'top_k'; one of {', '.join(ROUTERS)}",
         "parallel.ep: input should be a valid integer, found True",
         "lr: unknown key; did you mean train.lr?",
         "log: must be a section with keys of its own, found 3",
@@ -235,6 +235,12 @@ _topk_more = st.sampled_from(
         {"score": "sigmoid", "selection_bias": True}, {"score": "sigmoid", "selection_bias": True, "bias_rate": 0.0, "top_k": 2, "num_groups": 4},
     ]
 )  # fmt: skip
+_assigned = st.sampled_from(
+    [
+        {"type": "expert_choice", "capacity_factor": 1.5, "over": "micro_batch", "evaluation": "choice"},
+        {"type": "expert_choice", "training": "threshold", "warmup_steps": 0, "cut_rate": 1.0, "score": "sigmoid"},
+    ]
+)  # fmt: skip
 _rope = st.one_of(
     st.fixed_dictionaries({"type": st.just("linear"), "factor": _positive}),
     st.fixed_dictionaries(
@@ -270,7 +276,7 @@ def trees(draw: st.DrawFn) -> dict[str, Any]:
         data["train"] = [{**s, "weight": draw(_positive)} for s in data["train"]]
     tree["data"] = {**data, "seq_len": draw(st.integers(2, 64))}
     if draw(st.booleans()):
-        mixture = draw(st.none() | st.one_of(_sigmoid(), st.builds(dict.__or__, _topk, _topk_more)))
+        mixture = draw(st.none() | st.one_of(_sigmoid(), _assigned, st.builds(dict.__or__, _topk, _topk_more)))
         tree["model"] = model(
             **draw(_some(rope_theta=_positive, rope_scaling=st.none() | _rope, norm_eps=_positive, init_std=_positive, qk_norm=st.booleans()))
         )
@@ -409,6 +415,8 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": moe({**_TOP2, "score": "sigmoid", "num_groups": 2, "top_groups": 3})}, "router.top_groups (3) is more than num_groups (2)"),
     ({"model": moe({**_TOP2, "score": "sigmoid", "num_groups": 8})}, "router.top_groups (1) groups have 1 experts, fewer than top_k (2)"),
     ({"model": moe({**_TOP2, "drop": "random"})}, "router.drop (random) has an effect only with capacity_factor"),
+    ({"model": moe({"type": "expert_choice", "capacity_factor": 9.0})}, "router.capacity_factor (9.0) is more than num_experts (8)"),
+    ({"model": moe({"type": "expert_choice", "warmup_steps": 9})}, "router.warmup_steps (9) has an effect only with training: threshold, not choice"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": _OPEN}}, "upcycle.router.type (sigmoid_ste) does not belong to upcycle.method (llama_moe); use topk"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": {"type": "topk", "top_k": 9}}}, "upcycle.router.top_k (9) is more than num_experts (8)"),
     (_upcycle(granularity=2), "upcycle.granularity (2) has no effect with method: dsmoe; it is for virtual_groups"),
@@ -423,6 +431,7 @@ RULES: list[tuple[dict[str, Any], str]] = [
     (_upcycle("aggregate", models=["c"], merge="ties"), "upcycle.merge (ties) needs a common start, which mixtures don't name; use average or base"),
     (_upcycle("virtual_groups", granularity=3), "upcycle.num_experts (8) must be a multiple of upcycle.granularity (3)"),
     (_upcycle("virtual_groups", router={"type": "topk", "top_k": 3}), "upcycle.router.top_k (3) must be a multiple of upcycle.granularity (2)"),
+    (_upcycle("virtual_groups", router={"type": "expert_choice"}), "upcycle.router.type (expert_choice) can't route virtual groups"),
     (_upcycle("btx", models=["c", "d"], router={"type": "topk", "top_k": 3}), "upcycle.router.top_k (3) is more than num_experts (2)"),
     (_upcycle("copy", router={**_OPEN, "input": "residual"}), "upcycle.weight_scaling: with router.input: residual the size of what the gates see"),
 ]  # fmt: skip
@@ -653,6 +662,7 @@ MODELS = {
     "topk": moe({"type": "topk", "top_k": 8}, qk_norm=True),
     "topk_mlp_noise": moe({"type": "topk", "top_k": 8, "gate": "mlp", "noise": True}),
     "topk_bias": moe({"type": "topk", "top_k": 8, "score": "sigmoid", "selection_bias": True}),
+    "expert_choice": moe({"type": "expert_choice", "capacity_factor": 8.0}),
 }
 
 

@@ -19,7 +19,11 @@ BUDGETS: dict[str, dict[str, Any]] = {
 }
 VARIABLE: dict[str, dict[str, Any]] = {}
 """Variable numbers of experts: ReMoE, XMoE, DynMoE, MoE++."""
-ASSIGNED: dict[str, dict[str, Any]] = {}
+ASSIGNED: dict[str, dict[str, Any]] = {
+    "expert_choice": {"router": {"type": "expert_choice", "capacity_factor": 1.7}},
+    "expert_choice_batch": {"router": {"type": "expert_choice", "over": "micro_batch", "cut_rate": 0.4}},
+    "expert_threshold": {"router": {"type": "expert_choice", "training": "threshold", "warmup_steps": 1, "score": "sigmoid"}},
+}
 """Chosen by experts, by assignment, by token id, by task, by domain."""
 LAYERS: dict[str, dict[str, Any]] = {}
 """Shared, residual and unequal experts, strata, sub-layers, dense layers between."""

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from moetrain.cli import main
-from moetrain.config import ModelConfig, TopKRouter, UpcycleConfig, load_config
+from moetrain.config import ExpertChoiceRouter, ModelConfig, RouterOptions, TopKRouter, UpcycleConfig, load_config
 from moetrain.convert.huggingface import read_config, read_tensors, write_model
 from moetrain.convert.upcycle import target_config, upcycle
 from moetrain.model import Transformer, init_weights
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
-# Parameters in billions and the router's options that differ from the defaults.
-RECIPES: dict[str, tuple[float, dict[str, Any]]] = {
+# Parameters in billions and the router, or the options of a topk router that differ from the defaults.
+RECIPES: dict[str, tuple[float, dict[str, Any] | RouterOptions]] = {
     "switch": (
         7.33, dict(top_k=1, normalize=False, jitter=0.01, capacity_factor=1.25, drop="position", init_std=0.0114),
     ),
@@ -29,6 +29,7 @@ RECIPES: dict[str, tuple[float, dict[str, Any]]] = {
             balance_over="sequence", init_std=0.006,
         ),
     ),
+    "expert_choice": (5.514, ExpertChoiceRouter()),
     "openmoe": (40.31, dict(top_k=2, capacity_factor=2.0, z_coef=1e-4)),
 }  # fmt: skip
 
@@ -40,7 +41,7 @@ def test_recipe(name, capsys):
     assert capsys.readouterr().err == ""
     config = load_config(path)
     billions, router = RECIPES[name]
-    assert config.model.moe.router == TopKRouter(**router)
+    assert config.model.moe.router == (router if isinstance(router, RouterOptions) else TopKRouter(**router))
     with torch.device("meta"):
         model = Transformer(config.model)
     count = sum(p.numel() for p in model.parameters())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, GetCoreSchemaHandler
 from pydantic_core import core_schema
 
-from moetrain.config.base import NonNegativeFloat, Positive, PositiveFloat, Section
+from moetrain.config.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 
 ROUTERS: dict[str, type[RouterOptions]] = {}
 """type -> section."""
@@ -271,3 +271,55 @@ class TopKRouter(RouterOptions):
 
     def default_active(self, num_experts: int) -> float:
         return self.top_k
+
+
+class ExpertChoiceRouter(RouterOptions):
+    """Each expert takes the tokens of its largest scores (Expert Choice, arXiv 2202.09368), or all above a running estimate of that cut (Expert
+    Threshold, arXiv 2603.11535)."""
+
+    type: Literal["expert_choice"] = "expert_choice"
+    capacity_factor: PositiveFloat = 2.0
+    """c: an expert takes ceil(c * tokens / num_experts) tokens, so that a token has c experts in the mean."""
+    over: Literal["sequence", "micro_batch"] = "sequence"
+    """The tokens that an expert chooses among in training: each sequence by itself, or the micro-batch of all ranks."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """Of the logits: softmax over the experts (Expert Choice), or a sigmoid of each. It is also the weight."""
+    training: Literal["choice", "threshold"] = "choice"
+    """Training routes by the experts' choice, which sees later tokens, or after `warmup_steps` by the estimated cut, which does not."""
+    warmup_steps: NonNegative = 100
+    """`training: threshold` only: steps that route by choice while the cut is first estimated."""
+    evaluation: Literal["threshold", "choice"] = "threshold"
+    """What held-out loss is measured with: the cut, as generation and exported models have it, or the choice within each sequence (the paper),
+    which sees later tokens and so makes the loss too good."""
+    cut_rate: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """The estimate moves by this share of its distance from the step's own cut; while there were fewer than 1 / cut_rate steps it is their
+    mean."""
+    init_std: PositiveFloat = 0.02
+
+    ROW_PER_EXPERT: ClassVar[bool] = False
+    TRAINING: ClassVar[frozenset[str]] = RouterOptions.TRAINING | {"capacity_factor", "over", "training", "warmup_steps", "evaluation", "cut_rate"}
+
+    def idle(self) -> set[str]:
+        return set() if self.training == "threshold" else {"warmup_steps"}
+
+    def problems(self, num_experts: int) -> list[str]:
+        bad = []
+        if self.capacity_factor > num_experts:
+            bad.append(f".capacity_factor ({self.capacity_factor}) is more than num_experts ({num_experts}): no token has so many experts")
+        if "warmup_steps" in self.model_fields_set and self.training != "threshold":
+            bad.append(f".warmup_steps ({self.warmup_steps}) has an effect only with training: threshold, not {self.training}")
+        return bad
+
+    def num_params(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
+        return num_experts * hidden_size, num_experts + 1
+
+    def default_active(self, num_experts: int) -> float:
+        return min(self.capacity_factor, num_experts)
+
+    def caution(self) -> str | None:
+        if self.training == "threshold":
+            return None
+        return (
+            "expert_choice is not causal in training: whether a token is chosen depends on the tokens after it, so its training loss is lower "
+            "than a causal model's; evaluation: threshold measures without that, training: threshold trains without it"
+        )

@@ -1,7 +1,8 @@
 """Inference of models trained with moetrain that no stock architecture of transformers computes; needs torch and transformers alone.
 
 Routers are sigmoid_ste (independent gates, those above a threshold route: a token has any number of experts, none included) and topk (by
-softmax or sigmoid scores of a linear, two-layer or cosine gate, with a bias that only chooses, and groups of experts).
+softmax or sigmoid scores of a linear, two-layer or cosine gate, with a bias that only chooses, and groups of experts), expert_choice (scores
+above an expert's cut route).
 Attention has grouped heads, biases, q/k norms, sliding windows and rotary positions with linear, llama3 or yarn scaling. The key `moetrain`
 of config.json holds every option.
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+ROUTERS = ("sigmoid_ste", "topk", "expert_choice")
 
 
 class MoetrainConfig(PretrainedConfig):
@@ -177,6 +180,9 @@ class Gate(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_experts)) if options.get("bias") else None
         self.output = nn.Parameter(torch.empty(num_experts, num_experts)) if self.kind == "mlp" else None
         self.selection_bias = nn.Parameter(torch.empty(num_experts)) if options.get("selection_bias") else None
+        if options["type"] == "expert_choice":
+            # The cut of the scores, by expert; how many steps it was estimated in counts only for training on.
+            self.cut, self.updates = nn.Parameter(torch.empty(num_experts)), nn.Parameter(torch.empty(1))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (T, D). Returns (T, E), float32 or float64."""
@@ -195,8 +201,8 @@ class MoE(nn.Module):
         super().__init__()
         D, moe = config["hidden_size"], config["moe"]
         self.options = moe["router"]
-        if self.options["type"] not in ("sigmoid_ste", "topk"):
-            raise ValueError(f"moe.router.type is {self.options['type']!r}; supported: sigmoid_ste, topk")
+        if self.options["type"] not in ROUTERS:
+            raise ValueError(f"moe.router.type is {self.options['type']!r}; supported: {', '.join(ROUTERS)}")
         self.gate = Gate(D, moe["num_experts"], self.options)
         self.experts = nn.ModuleList(FeedForward(D, moe["expert_dim"]) for _ in range(moe["num_experts"]))
 
@@ -229,6 +235,11 @@ class MoE(nn.Module):
             if options["normalize"]:
                 weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
             return weights * options["output_scale"], active
+        if options["type"] == "expert_choice":
+            # What an expert chose among all tokens of a sequence it here takes by the estimated cut: later tokens are not known.
+            scores = logits.sigmoid() if options["score"] == "sigmoid" else logits.softmax(-1)
+            active = scores > self.gate.cut.to(dtype)
+            return scores * active, active
         gates = logits.sigmoid()
         active = gates > options["threshold"]
         if options["zero_routes"] == "top1":
@@ -278,7 +289,7 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _no_split_modules = ["Layer"]
-    _keep_in_fp32_modules_strict = ["selection_bias"]
+    _keep_in_fp32_modules_strict = ["selection_bias", "cut", "updates"]
     _supports_sdpa = True
     # transformers 5 wants to know what is tied to what, 4 the names alone.
     _tied_weights_keys = (

@@ -1,0 +1,63 @@
+"""Routers whose experts are chosen by the other side, by token id, task or domain, as loops over tokens and experts; see reference.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetrain.config import ExpertChoiceRouter, RouterOptions
+from moetrain.moe.routing import LayerReport, TokenContext
+
+Weights = dict[int, dict[int, Tensor]]
+"""Token -> expert -> weight."""
+
+ASSIGNED: dict[type[RouterOptions], Callable[[Any, Tensor, TokenContext, list[list[int]]], Weights]] = {}
+"""Options -> what a loop says the routes and their weights are, from (ReferenceMoE, x, context, valid tokens of each sequence)."""
+
+
+def assigned_layer(layer: Any, x: Tensor, context: TokenContext) -> tuple[Tensor, LayerReport]:
+    """layer: a ReferenceMoE."""
+    from tests.reference import expert
+
+    T = len(x)
+    S = context.sequence or max(1, T)
+    valid = [True] * T if context.valid is None else context.valid.tolist()
+    sequences = [[t for t in range(start, start + S) if valid[t]] for start in range(0, T, S)]
+    routes = ASSIGNED[type(layer.options)](layer, x, context, sequences)
+    y, load = [], torch.zeros(layer.config.moe.num_experts, dtype=torch.float64)
+    for t in range(T):
+        out = torch.zeros_like(x[t])
+        for e, weight in routes.get(t, {}).items():
+            out = out + weight * expert(x[t], layer.experts.gate_up[e], layer.experts.down[e])
+            load[e] += 1
+        y.append(out)
+    return (torch.stack(y) if y else x * 0), LayerReport({}, {"load": load})
+
+
+def expert_choice(layer: Any, x: Tensor, context: TokenContext, sequences: list[list[int]]) -> Weights:
+    """The experts choose, or the cut does; `over: micro_batch` of one rank."""
+    o, E = layer.options, layer.config.moe.num_experts
+    scores = {}
+    for t in sum(sequences, []):
+        logits = layer.router.weight @ x[t]
+        scores[t] = 1 / (1 + torch.exp(-logits)) if o.score == "sigmoid" else torch.exp(logits) / torch.exp(logits).sum()
+    by_cut = o.evaluation == "threshold" if not layer.training else o.training == "threshold" and float(layer.router.updates) >= o.warmup_steps
+    routes: Weights = {t: {} for t in scores}
+    if by_cut:
+        for t, s in scores.items():
+            for e in range(E):
+                if s[e].item() > layer.router.cut[e].item():
+                    routes[t][e] = s[e]
+        return routes
+    for among in [sum(sequences, [])] if o.over == "micro_batch" and layer.training else sequences:
+        room = -(-round(1e6 * o.capacity_factor * len(among)) // round(1e6 * E))
+        for e in range(E):
+            for t in sorted(among, key=lambda t, e=e: (-float(scores[t][e].detach()), t))[:room]:
+                routes[t][e] = scores[t][e]
+    return routes
+
+
+ASSIGNED[ExpertChoiceRouter] = expert_choice
