@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import networkx
 import torch
 from torch import Tensor
 
-from moetrain.config import ExpertChoiceRouter, RouterOptions
+from moetrain.config import BaseLayersRouter, ExpertChoiceRouter, RouterOptions
 from moetrain.moe.routing import LayerReport, TokenContext
 
 Weights = dict[int, dict[int, Tensor]]
@@ -61,3 +62,37 @@ def expert_choice(layer: Any, x: Tensor, context: TokenContext, sequences: list[
 
 
 ASSIGNED[ExpertChoiceRouter] = expert_choice
+
+
+def base_layers(layer: Any, x: Tensor, context: TokenContext, sequences: list[list[int]]) -> Weights:
+    """In training the best assignment of each sequence, else each token's best expert."""
+    scores = {t: layer.router.weight @ x[t] for t in sum(sequences, [])}
+    routes: Weights = {}
+    for among in sequences:
+        table = [[s.item() for s in scores[t]] for t in among]
+        owner = best_assignment(table) if layer.training else [max(range(len(row)), key=row.__getitem__) for row in table]
+        for t, e in zip(among, owner):
+            routes[t] = {e: 1 / (1 + torch.exp(-scores[t][e]))}
+    return routes
+
+
+def best_assignment(table: list[list[float]]) -> list[int]:
+    """Expert of each token, floor or ceil of the mean to each, at the largest sum: a minimum-cost flow by networkx, in steps of 2^-24."""
+    if not table:
+        return []
+    N, E = len(table), len(table[0])
+    graph = networkx.DiGraph()
+    graph.add_node("end", demand=N)
+    graph.add_edge("extra", "end", capacity=N % E, weight=0)
+    for e in range(E):
+        graph.add_edge(("expert", e), "end", capacity=N // E, weight=0)
+        graph.add_edge(("expert", e), "extra", capacity=1, weight=0)
+    for t, row in enumerate(table):
+        graph.add_node(("token", t), demand=-1)
+        for e, score in enumerate(row):
+            graph.add_edge(("token", t), ("expert", e), capacity=1, weight=-round(score * 2**24))
+    flow = networkx.min_cost_flow(graph)
+    return [next(e for e in range(E) if flow["token", t].get(("expert", e))) for t in range(N)]
+
+
+ASSIGNED[BaseLayersRouter] = base_layers

@@ -237,6 +237,7 @@ _topk_more = st.sampled_from(
 )  # fmt: skip
 _assigned = st.sampled_from(
     [
+        {"type": "base_layers", "init_std": 0.1},
         {"type": "expert_choice", "capacity_factor": 1.5, "over": "micro_batch", "evaluation": "choice"},
         {"type": "expert_choice", "training": "threshold", "warmup_steps": 0, "cut_rate": 1.0, "score": "sigmoid"},
     ]
@@ -662,6 +663,7 @@ MODELS = {
     "topk": moe({"type": "topk", "top_k": 8}, qk_norm=True),
     "topk_mlp_noise": moe({"type": "topk", "top_k": 8, "gate": "mlp", "noise": True}),
     "topk_bias": moe({"type": "topk", "top_k": 8, "score": "sigmoid", "selection_bias": True}),
+    "base_layers": moe({"type": "base_layers"}),
     "expert_choice": moe({"type": "expert_choice", "capacity_factor": 8.0}),
 }
 

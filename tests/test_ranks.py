@@ -20,6 +20,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
 VARIABLE: dict[str, dict[str, Any]] = {}
 """Variable numbers of experts: ReMoE, XMoE, DynMoE, MoE++."""
 ASSIGNED: dict[str, dict[str, Any]] = {
+    "base_layers": {"router": {"type": "base_layers"}},
     "expert_choice": {"router": {"type": "expert_choice", "capacity_factor": 1.7}},
     "expert_choice_batch": {"router": {"type": "expert_choice", "over": "micro_batch", "cut_rate": 0.4}},
     "expert_threshold": {"router": {"type": "expert_choice", "training": "threshold", "warmup_steps": 1, "score": "sigmoid"}},

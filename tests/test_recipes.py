@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moetrain.cli import main
-from moetrain.config import ExpertChoiceRouter, ModelConfig, RouterOptions, TopKRouter, UpcycleConfig, load_config
+from moetrain.config import BaseLayersRouter, ExpertChoiceRouter, ModelConfig, RouterOptions, TopKRouter, UpcycleConfig, load_config
 from moetrain.convert.huggingface import read_config, read_tensors, write_model
 from moetrain.convert.upcycle import target_config, upcycle
 from moetrain.model import Transformer, init_weights
@@ -29,6 +29,7 @@ RECIPES: dict[str, tuple[float, dict[str, Any] | RouterOptions]] = {
             balance_over="sequence", init_std=0.006,
         ),
     ),
+    "base_layers": (4.344, BaseLayersRouter()),
     "expert_choice": (5.514, ExpertChoiceRouter()),
     "openmoe": (40.31, dict(top_k=2, capacity_factor=2.0, z_coef=1e-4)),
 }  # fmt: skip

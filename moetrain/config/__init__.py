@@ -18,7 +18,7 @@ from moetrain.config.reading import (
     to_dict,
     to_yaml,
 )
-from moetrain.config.routers import ROUTERS, ExpertChoiceRouter, Router, RouterOptions, SigmoidSteRouter, TopKRouter
+from moetrain.config.routers import ROUTERS, BaseLayersRouter, ExpertChoiceRouter, Router, RouterOptions, SigmoidSteRouter, TopKRouter
 from moetrain.config.rules import check, check_world
 from moetrain.config.sections import (
     CheckpointConfig,

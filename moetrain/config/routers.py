@@ -323,3 +323,19 @@ class ExpertChoiceRouter(RouterOptions):
             "expert_choice is not causal in training: whether a token is chosen depends on the tokens after it, so its training loss is lower "
             "than a causal model's; evaluation: threshold measures without that, training: threshold trains without it"
         )
+
+
+class BaseLayersRouter(RouterOptions):
+    """BASE layers (arXiv 2103.16716): in training the tokens of a sequence are shared out equally, at the largest sum of scores."""
+
+    type: Literal["base_layers"] = "base_layers"
+    init_std: PositiveFloat = 0.02
+
+    def default_active(self, num_experts: int) -> float:
+        return 1
+
+    def caution(self) -> str | None:
+        return (
+            "base_layers is not causal in training: a token's expert depends on the tokens after it in its sequence; evaluation and generation "
+            "take each token's best expert, which does not"
+        )

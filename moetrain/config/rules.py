@@ -141,7 +141,7 @@ def _check_upcycle(upcycle: UpcycleConfig, bad: list[str]) -> None:
     if isinstance(router, TopKRouter) and method == "virtual_groups" and router.top_k % upcycle.granularity:
         bad.append(f"upcycle.router.top_k ({router.top_k}) must be a multiple of upcycle.granularity ({upcycle.granularity}): whole groups route")
     if method == "virtual_groups" and not router.ROW_PER_EXPERT:
-        bad.append(f"upcycle.router.type ({router.type}) can't route virtual groups: their experts share a row of the router; use topk or sigmoid_ste")
+        bad.append(f"upcycle.router.type ({router.type}) can't route virtual groups: experts share a row of the router; use topk or sigmoid_ste")
     if isinstance(router, SigmoidSteRouter) and router.input == "residual" and upcycle.scales_weights:
         bad.append("upcycle.weight_scaling: with router.input: residual the size of what the gates see is not known; set weight_scaling: false")
 

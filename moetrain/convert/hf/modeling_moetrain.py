@@ -2,7 +2,7 @@
 
 Routers are sigmoid_ste (independent gates, those above a threshold route: a token has any number of experts, none included) and topk (by
 softmax or sigmoid scores of a linear, two-layer or cosine gate, with a bias that only chooses, and groups of experts), expert_choice (scores
-above an expert's cut route).
+above an expert's cut route), base_layers (the best of independent gates).
 Attention has grouped heads, biases, q/k norms, sliding windows and rotary positions with linear, llama3 or yarn scaling. The key `moetrain`
 of config.json holds every option.
 
@@ -20,7 +20,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-ROUTERS = ("sigmoid_ste", "topk", "expert_choice")
+ROUTERS = ("sigmoid_ste", "topk", "expert_choice", "base_layers")
 
 
 class MoetrainConfig(PretrainedConfig):
@@ -241,6 +241,9 @@ class MoE(nn.Module):
             active = scores > self.gate.cut.to(dtype)
             return scores * active, active
         gates = logits.sigmoid()
+        if options["type"] == "base_layers":
+            active = F.one_hot(logits.argmax(-1), logits.shape[-1]).bool()
+            return gates * active, active
         active = gates > options["threshold"]
         if options["zero_routes"] == "top1":
             largest = F.one_hot(gates.argmax(-1), gates.shape[-1]).bool()

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.config import ModelConfig
-from moetrain.moe.routers import expert_choice, sigmoid_ste, topk
+from moetrain.moe.routers import base_layers, expert_choice, sigmoid_ste, topk
 from moetrain.moe.routers.base import MODULES, router_for
 
-__all__ = ["build_router", "changes_after_step", "expert_choice", "router_for", "sigmoid_ste", "start_value", "topk"]
+__all__ = ["base_layers", "build_router", "changes_after_step", "expert_choice", "router_for", "sigmoid_ste", "start_value", "topk"]
 
 
 def build_router(config: ModelConfig, layer: int) -> nn.Module:
