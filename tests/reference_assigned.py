@@ -9,14 +9,15 @@ import networkx
 import torch
 from torch import Tensor
 
-from moetrain.config import BaseLayersRouter, ExpertChoiceRouter, RouterOptions
+from moetrain.config import BaseLayersRouter, ExpertChoiceRouter, LanguageFamilyRouter, RouterOptions
 from moetrain.moe.routing import LayerReport, TokenContext
 
 Weights = dict[int, dict[int, Tensor]]
 """Token -> expert -> weight."""
 
 ASSIGNED: dict[type[RouterOptions], Callable[[Any, Tensor, TokenContext, list[list[int]]], Weights]] = {}
-"""Options -> what a loop says the routes and their weights are, from (ReferenceMoE, x, context, valid tokens of each sequence)."""
+"""Options -> what a loop says the routes and their weights are, from (ReferenceMoE, x, context, valid tokens of each sequence). Where there is a
+balance loss it leaves each token's shares in `shares`."""
 
 
 def assigned_layer(layer: Any, x: Tensor, context: TokenContext) -> tuple[Tensor, LayerReport]:
@@ -27,6 +28,7 @@ def assigned_layer(layer: Any, x: Tensor, context: TokenContext) -> tuple[Tensor
     S = context.sequence or max(1, T)
     valid = [True] * T if context.valid is None else context.valid.tolist()
     sequences = [[t for t in range(start, start + S) if valid[t]] for start in range(0, T, S)]
+    layer.shares = {}
     routes = ASSIGNED[type(layer.options)](layer, x, context, sequences)
     y, load = [], torch.zeros(layer.config.moe.num_experts, dtype=torch.float64)
     for t in range(T):
@@ -35,7 +37,12 @@ def assigned_layer(layer: Any, x: Tensor, context: TokenContext) -> tuple[Tensor
             out = out + weight * expert(x[t], layer.experts.gate_up[e], layer.experts.down[e])
             load[e] += 1
         y.append(out)
-    return (torch.stack(y) if y else x * 0), LayerReport({}, {"load": load})
+    losses = {}
+    if "balance" in layer.options.coefficients():  # E sum_e f_e P_e of this rank's tokens
+        count = context.num_tokens or max(1, sum(valid))
+        f = load / load.sum().clamp(min=1)
+        losses["balance"] = len(f) * (f * sum(layer.shares.values(), x.new_zeros(len(f)))).sum() / count
+    return (torch.stack(y) if y else x * 0), LayerReport(losses, {"load": load})
 
 
 def expert_choice(layer: Any, x: Tensor, context: TokenContext, sequences: list[list[int]]) -> Weights:
@@ -96,3 +103,22 @@ def best_assignment(table: list[list[float]]) -> list[int]:
 
 
 ASSIGNED[BaseLayersRouter] = base_layers
+
+
+def language_family(layer: Any, x: Tensor, context: TokenContext, sequences: list[list[int]]) -> Weights:
+    o, routes = layer.options, {}
+    for t in sum(sequences, []):
+        logits = layer.router.weight @ x[t]
+        s = torch.exp(logits) / torch.exp(logits).sum()
+        slots = sorted(range(len(s)), key=lambda e, s=s: (-s[e].item(), e))[: o.top_k]
+        tag = -1 if context.tags is None else int(context.tags[t])
+        if layer.training and tag >= 0:
+            own = o.languages[sorted(o.languages)[tag]]
+            if own not in slots:
+                slots[-1] = own
+        routes[t] = {e: s[e] for e in slots}
+        layer.shares[t] = s
+    return routes
+
+
+ASSIGNED[LanguageFamilyRouter] = language_family

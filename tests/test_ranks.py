@@ -23,6 +23,7 @@ ASSIGNED: dict[str, dict[str, Any]] = {
     "base_layers": {"router": {"type": "base_layers"}},
     "expert_choice": {"router": {"type": "expert_choice", "capacity_factor": 1.7}},
     "expert_choice_batch": {"router": {"type": "expert_choice", "over": "micro_batch", "cut_rate": 0.4}},
+    "language_family": {"router": {"type": "language_family", "languages": {"b": 6, "a": 1}, "balance_coef": 0.1}},
     "expert_threshold": {"router": {"type": "expert_choice", "training": "threshold", "warmup_steps": 1, "score": "sigmoid"}},
 }
 """Chosen by experts, by assignment, by token id, by task, by domain."""

@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from moetrain.cli import main
-from moetrain.config import BaseLayersRouter, ExpertChoiceRouter, ModelConfig, RouterOptions, TopKRouter, UpcycleConfig, load_config
+from moetrain.config import (
+    BaseLayersRouter,
+    ExpertChoiceRouter,
+    LanguageFamilyRouter,
+    ModelConfig,
+    RouterOptions,
+    TopKRouter,
+    UpcycleConfig,
+    load_config,
+)
 from moetrain.convert.huggingface import read_config, read_tensors, write_model
 from moetrain.convert.upcycle import target_config, upcycle
 from moetrain.model import Transformer, init_weights
@@ -31,6 +40,7 @@ RECIPES: dict[str, tuple[float, dict[str, Any] | RouterOptions]] = {
     ),
     "base_layers": (4.344, BaseLayersRouter()),
     "expert_choice": (5.514, ExpertChoiceRouter()),
+    "post_moe": (70.35, LanguageFamilyRouter(languages={name: i for i, name in enumerate("ar de en es fr hi it ja ko pt ru zh".split())})),
     "openmoe": (40.31, dict(top_k=2, capacity_factor=2.0, z_coef=1e-4)),
 }  # fmt: skip
 
@@ -47,6 +57,11 @@ def test_recipe(name, capsys):
         model = Transformer(config.model)
     count = sum(p.numel() for p in model.parameters())
     assert count == config.model.num_params() and count / 1e9 == pytest.approx(billions, rel=2e-3)
+
+
+def test_upcycled_qwen2_is_the_recipes_model():
+    config = load_config(FOLDER / "post_moe.yaml")
+    assert target_config(config.model.model_copy(update={"moe": None}), config.upcycle) == config.model
 
 
 def test_upcycled_llama_is_the_recipes_model():

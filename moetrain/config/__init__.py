@@ -18,7 +18,16 @@ from moetrain.config.reading import (
     to_dict,
     to_yaml,
 )
-from moetrain.config.routers import ROUTERS, BaseLayersRouter, ExpertChoiceRouter, Router, RouterOptions, SigmoidSteRouter, TopKRouter
+from moetrain.config.routers import (
+    ROUTERS,
+    BaseLayersRouter,
+    ExpertChoiceRouter,
+    LanguageFamilyRouter,
+    Router,
+    RouterOptions,
+    SigmoidSteRouter,
+    TopKRouter,
+)
 from moetrain.config.rules import check, check_world
 from moetrain.config.sections import (
     CheckpointConfig,

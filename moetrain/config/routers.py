@@ -339,3 +339,37 @@ class BaseLayersRouter(RouterOptions):
             "base_layers is not causal in training: a token's expert depends on the tokens after it in its sequence; evaluation and generation "
             "take each token's best expert, which does not"
         )
+
+
+class LanguageFamilyRouter(RouterOptions):
+    """Hybrid routing of Post-MoE (Apollo-MoE, arXiv 2410.10626): softmax top-k, which in training must hold the expert of the sample's language."""
+
+    type: Literal["language_family"] = "language_family"
+    top_k: Positive = 2
+    languages: dict[str, NonNegative]
+    """Source in `data.train` -> the expert of its language or family of languages. A source that is not named has none."""
+    balance_coef: NonNegativeFloat = 0.0
+    """Coefficient of the load-balancing loss E * sum_e f_e P_e over the micro-batch on all ranks; the paper has none."""
+    init_std: PositiveFloat = 0.02
+
+    TRAINING: ClassVar[frozenset[str]] = RouterOptions.TRAINING | {"balance_coef"}
+
+    def problems(self, num_experts: int) -> list[str]:
+        bad = []
+        if self.top_k > num_experts:
+            bad.append(f".top_k ({self.top_k}) is more than num_experts ({num_experts})")
+        if not self.languages:
+            bad.append(".languages names no source; without one use type: topk")
+        for name, expert in self.languages.items():
+            if expert >= num_experts:
+                bad.append(f".languages: the expert of {name} ({expert}) must be below num_experts ({num_experts})")
+        return bad
+
+    def coefficients(self) -> dict[str, float]:
+        return {"balance": self.balance_coef}
+
+    def default_active(self, num_experts: int) -> float:
+        return self.top_k
+
+    def tag_names(self) -> list[str]:
+        return sorted(self.languages)

@@ -56,6 +56,11 @@ def check(config: Config) -> list[str]:
     for ending in (config.prepare.extensions if config.prepare is not None else None) or []:
         if not ending.startswith("."):
             bad.append(f"prepare.extensions: {ending!r} would match every name that ends so; write .{ending}")
+    if model is not None and model.moe is not None and data.train:
+        known = {s.name for s in data.train}
+        for name in model.moe.router.tag_names():
+            if name not in known:
+                bad.append(f"model.moe.router: {name!r} is no source in data.train; its names are {', '.join(sorted(known))}")
     if config.upcycle is not None:
         _check_upcycle(config.upcycle, bad)
     return bad

@@ -7,7 +7,17 @@ import pytest
 import torch
 import transformers as hf
 
-from moetrain.config import BaseLayersRouter, ExpertChoiceRouter, GenerateConfig, ModelConfig, MoEConfig, RopeScaling, SigmoidSteRouter, TopKRouter
+from moetrain.config import (
+    BaseLayersRouter,
+    ExpertChoiceRouter,
+    GenerateConfig,
+    LanguageFamilyRouter,
+    ModelConfig,
+    MoEConfig,
+    RopeScaling,
+    SigmoidSteRouter,
+    TopKRouter,
+)
 from moetrain.convert.huggingface import read_config, read_tensors, write_model
 from moetrain.generate import generate
 from moetrain.model import Transformer, init_weights
@@ -32,6 +42,7 @@ MODELS = {
     "mlp_noise": dict(router=TopKRouter(top_k=2, gate="mlp", noise=True, cv_coef=0.01, capacity_factor=1.0)),
     "cosine": dict(router=TopKRouter(top_k=2, gate="cosine", cosine_temperature=0.1, second="random")),
     "base_layers": dict(router=BaseLayersRouter()),
+    "language_family": dict(router=LanguageFamilyRouter(languages={"en": 0, "de": 3})),
     "expert_choice": dict(router=ExpertChoiceRouter()),
     "expert_choice_sigmoid": dict(router=ExpertChoiceRouter(score="sigmoid", evaluation="choice")),
     "topk_odd_bias": dict(router=TopKRouter(top_k=2), o_bias=True),

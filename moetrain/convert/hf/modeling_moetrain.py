@@ -2,7 +2,7 @@
 
 Routers are sigmoid_ste (independent gates, those above a threshold route: a token has any number of experts, none included) and topk (by
 softmax or sigmoid scores of a linear, two-layer or cosine gate, with a bias that only chooses, and groups of experts), expert_choice (scores
-above an expert's cut route), base_layers (the best of independent gates).
+above an expert's cut route), base_layers (the best of independent gates), language_family (softmax top-k, not normalised).
 Attention has grouped heads, biases, q/k norms, sliding windows and rotary positions with linear, llama3 or yarn scaling. The key `moetrain`
 of config.json holds every option.
 
@@ -20,7 +20,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-ROUTERS = ("sigmoid_ste", "topk", "expert_choice", "base_layers")
+ROUTERS = ("sigmoid_ste", "topk", "expert_choice", "base_layers", "language_family")
 
 
 class MoetrainConfig(PretrainedConfig):
@@ -221,7 +221,7 @@ class MoE(nn.Module):
         """x: (T, D). Returns weights (T, E), 0 where there is no route, and the routes (T, E) bool."""
         options, dtype = self.options, _wide(x)
         logits = self.gate(x)
-        if options["type"] == "topk":
+        if options["type"] in ("topk", "language_family"):
             sigmoid = options.get("score") == "sigmoid"
             scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
             ranking = scores if sigmoid else logits
@@ -232,9 +232,9 @@ class MoE(nn.Module):
             chosen = ranking.sort(dim=-1, descending=True, stable=True).indices[:, : options["top_k"]]
             active = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, chosen, True)
             weights = scores * active
-            if options["normalize"]:
+            if options.get("normalize", False):
                 weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
-            return weights * options["output_scale"], active
+            return weights * options.get("output_scale", 1.0), active
         if options["type"] == "expert_choice":
             # What an expert chose among all tokens of a sequence it here takes by the estimated cut: later tokens are not known.
             scores = logits.sigmoid() if options["score"] == "sigmoid" else logits.softmax(-1)

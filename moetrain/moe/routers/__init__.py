@@ -12,10 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.config import ModelConfig
-from moetrain.moe.routers import base_layers, expert_choice, sigmoid_ste, topk
+from moetrain.moe.routers import base_layers, expert_choice, language_family, sigmoid_ste, topk
 from moetrain.moe.routers.base import MODULES, router_for
 
-__all__ = ["base_layers", "build_router", "changes_after_step", "expert_choice", "router_for", "sigmoid_ste", "start_value", "topk"]
+__all__ = [
+    "build_router",
+    "changes_after_step",
+    "expert_choice",
+    "language_family",
+    "router_for",
+    "sigmoid_ste",
+    "start_value",
+    "topk",
+    "base_layers",
+]
 
 
 def build_router(config: ModelConfig, layer: int) -> nn.Module:
