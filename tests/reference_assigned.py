@@ -9,7 +9,7 @@ import networkx
 import torch
 from torch import Tensor
 
-from moetrain.config import BaseLayersRouter, ExpertChoiceRouter, LanguageFamilyRouter, RouterOptions
+from moetrain.config import BaseLayersRouter, ExpertChoiceRouter, LanguageFamilyRouter, NexusRouter, RouterOptions
 from moetrain.moe.routing import LayerReport, TokenContext
 
 Weights = dict[int, dict[int, Tensor]]
@@ -122,3 +122,20 @@ def language_family(layer: Any, x: Tensor, context: TokenContext, sequences: lis
 
 
 ASSIGNED[LanguageFamilyRouter] = language_family
+
+
+def nexus(layer: Any, x: Tensor, context: TokenContext, sequences: list[list[int]]) -> Weights:
+    o, r, routes = layer.options, layer.router, {}
+    rows = []
+    for d in r.domains:
+        gate, up = (r.weight @ d).chunk(2)
+        rows.append(r.output @ (gate / (1 + torch.exp(-gate)) * up))
+    for t in sum(sequences, []):
+        logits = torch.stack([x[t] @ e for e in rows])
+        s = torch.exp(logits) / torch.exp(logits).sum()
+        layer.shares[t] = s
+        routes[t] = {e: s[e] for e in sorted(range(len(rows)), key=lambda e, s=s: (-s[e].item(), e))[: o.top_k]}
+    return routes
+
+
+ASSIGNED[NexusRouter] = nexus

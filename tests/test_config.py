@@ -238,6 +238,7 @@ _topk_more = st.sampled_from(
 _assigned = st.sampled_from(
     [
         {"type": "base_layers", "init_std": 0.1},
+        {"type": "nexus", "domain_dim": 5, "projection_dim": 3, "embeddings": "d.safetensors", "balance_coef": 0.0},
         {"type": "language_family", "languages": {"é": 7, "a b": 0, "no": 1}, "top_k": 8, "balance_coef": 0.5},
         {"type": "expert_choice", "capacity_factor": 1.5, "over": "micro_batch", "evaluation": "choice"},
         {"type": "expert_choice", "training": "threshold", "warmup_steps": 0, "cut_rate": 1.0, "score": "sigmoid"},
@@ -424,6 +425,7 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": moe({**_LANGUAGES, "languages": {}})}, "router.languages names no source"),
     ({"model": moe({**_LANGUAGES, "languages": {"en": 8}})}, "router.languages: the expert of en (8) must be below num_experts (8)"),
     ({"model": moe({**_LANGUAGES, "top_k": 9})}, "router.top_k (9) is more than num_experts (8)"),
+    ({"model": moe({"type": "nexus", "domain_dim": 3, "top_k": 9})}, "router.top_k (9) is more than num_experts (8)"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": _OPEN}}, "upcycle.router.type (sigmoid_ste) does not belong to upcycle.method (llama_moe); use topk"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": {"type": "topk", "top_k": 9}}}, "upcycle.router.top_k (9) is more than num_experts (8)"),
     (_upcycle(granularity=2), "upcycle.granularity (2) has no effect with method: dsmoe; it is for virtual_groups"),
@@ -670,6 +672,7 @@ MODELS = {
     "topk_mlp_noise": moe({"type": "topk", "top_k": 8, "gate": "mlp", "noise": True}),
     "topk_bias": moe({"type": "topk", "top_k": 8, "score": "sigmoid", "selection_bias": True}),
     "base_layers": moe({"type": "base_layers"}),
+    "nexus": moe({"type": "nexus", "domain_dim": 5, "projection_dim": 12}),
     "language_family": moe({"type": "language_family", "top_k": 8, "languages": {"en": 0}}),
     "expert_choice": moe({"type": "expert_choice", "capacity_factor": 8.0}),
 }

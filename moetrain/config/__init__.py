@@ -23,6 +23,7 @@ from moetrain.config.routers import (
     BaseLayersRouter,
     ExpertChoiceRouter,
     LanguageFamilyRouter,
+    NexusRouter,
     Router,
     RouterOptions,
     SigmoidSteRouter,

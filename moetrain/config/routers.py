@@ -373,3 +373,39 @@ class LanguageFamilyRouter(RouterOptions):
 
     def tag_names(self) -> list[str]:
         return sorted(self.languages)
+
+
+class NexusRouter(RouterOptions):
+    """Nexus (arXiv 2408.15901): an expert's row of the router is a learned projection of its domain's embedding, which is given and fixed."""
+
+    type: Literal["nexus"] = "nexus"
+    embeddings: Annotated[str | None, Field(min_length=1)] = None
+    """A safetensors file with one tensor (num_experts, domain_dim): the embedding of each expert's domain, such as the mean over its data. It is
+    read for start weights that are drawn (also by upcycling); from then on the model has it."""
+    domain_dim: Positive
+    """m, the size of a domain's embedding."""
+    projection_dim: Positive | None = None
+    """h, the inner size of the projection; null: hidden_size."""
+    top_k: Positive = 1
+    balance_coef: NonNegativeFloat = 0.05
+    """Coefficient of the load-balancing loss E * sum_e f_e P_e over the micro-batch on all ranks (the paper's factor)."""
+    init_std: PositiveFloat = 0.1
+    """Of the projection's matrices. Logits are a product of three of them: the usual 0.02 would leave them near 0."""
+
+    ROW_PER_EXPERT: ClassVar[bool] = False
+    TRAINING: ClassVar[frozenset[str]] = RouterOptions.TRAINING | {"embeddings", "balance_coef"}
+
+    def problems(self, num_experts: int) -> list[str]:
+        return [f".top_k ({self.top_k}) is more than num_experts ({num_experts})"] if self.top_k > num_experts else []
+
+    def coefficients(self) -> dict[str, float]:
+        return {"balance": self.balance_coef}
+
+    def num_params(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
+        # A token is multiplied with the projected embeddings (num_experts, hidden_size), which are no parameters; the projection itself is
+        # computed once for all tokens. So the first number is that of a token's work, and the second makes the sum right.
+        inner, work = self.projection_dim or hidden_size, num_experts * hidden_size
+        return work, 2 * inner * self.domain_dim + hidden_size * inner + num_experts * self.domain_dim - work
+
+    def default_active(self, num_experts: int) -> float:
+        return self.top_k

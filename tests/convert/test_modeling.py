@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import save_file
 
 from moetrain.config import (
     BaseLayersRouter,
@@ -14,6 +15,7 @@ from moetrain.config import (
     LanguageFamilyRouter,
     ModelConfig,
     MoEConfig,
+    NexusRouter,
     RopeScaling,
     SigmoidSteRouter,
     TopKRouter,
@@ -43,6 +45,7 @@ MODELS = {
     "cosine": dict(router=TopKRouter(top_k=2, gate="cosine", cosine_temperature=0.1, second="random")),
     "base_layers": dict(router=BaseLayersRouter()),
     "language_family": dict(router=LanguageFamilyRouter(languages={"en": 0, "de": 3})),
+    "nexus": dict(router=NexusRouter(domain_dim=6, top_k=2)),
     "expert_choice": dict(router=ExpertChoiceRouter()),
     "expert_choice_sigmoid": dict(router=ExpertChoiceRouter(score="sigmoid", evaluation="choice")),
     "topk_odd_bias": dict(router=TopKRouter(top_k=2), o_bias=True),
@@ -59,6 +62,10 @@ MODELS = {
 def make(name, folder, dtype=torch.float64):
     options = dict(MODELS[name])
     router, num_experts = options.pop("router"), options.pop("num_experts", 4)
+    if isinstance(router, NexusRouter):
+        path = folder.with_suffix(".safetensors")
+        save_file({"domains": torch.randn(num_experts, router.domain_dim, generator=torch.Generator().manual_seed(5))}, path)
+        router = router.model_copy(update={"embeddings": str(path)})
     config = ModelConfig(
         vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=32, max_position_embeddings=64,
         moe=None if router is None else MoEConfig(num_experts=num_experts, expert_dim=16, router=router), **options,

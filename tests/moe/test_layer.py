@@ -7,7 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrain.config import BaseLayersRouter, ExpertChoiceRouter, LanguageFamilyRouter, ModelConfig, MoEConfig, SigmoidSteRouter, TopKRouter
+from moetrain.config import (
+    BaseLayersRouter,
+    ExpertChoiceRouter,
+    LanguageFamilyRouter,
+    ModelConfig,
+    MoEConfig,
+    NexusRouter,
+    SigmoidSteRouter,
+    TopKRouter,
+)
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.routing import TokenContext
 from tests.reference import ReferenceMoE
@@ -34,6 +43,7 @@ ROUTERS = {
     "expert_choice": ExpertChoiceRouter(capacity_factor=1.3),
     "expert_choice_batch": ExpertChoiceRouter(over="micro_batch", score="sigmoid", evaluation="choice"),
     "language_family": LanguageFamilyRouter(languages={"xx": 4, "aa": 0, "mm": 1}),
+    "nexus": NexusRouter(domain_dim=4, projection_dim=6),
     "language_all": LanguageFamilyRouter(top_k=1, languages={"xx": 2}),
     "expert_threshold": ExpertChoiceRouter(training="threshold", warmup_steps=0, score="sigmoid"),
 }

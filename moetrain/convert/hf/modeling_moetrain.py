@@ -2,7 +2,8 @@
 
 Routers are sigmoid_ste (independent gates, those above a threshold route: a token has any number of experts, none included) and topk (by
 softmax or sigmoid scores of a linear, two-layer or cosine gate, with a bias that only chooses, and groups of experts), expert_choice (scores
-above an expert's cut route), base_layers (the best of independent gates), language_family (softmax top-k, not normalised).
+above an expert's cut route), base_layers (the best of independent gates), language_family (softmax top-k, not normalised),
+nexus (the same, its rows projected from domains' embeddings).
 Attention has grouped heads, biases, q/k norms, sliding windows and rotary positions with linear, llama3 or yarn scaling. The key `moetrain`
 of config.json holds every option.
 
@@ -20,7 +21,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-ROUTERS = ("sigmoid_ste", "topk", "expert_choice", "base_layers", "language_family")
+ROUTERS = ("sigmoid_ste", "topk", "expert_choice", "base_layers", "language_family", "nexus")
 
 
 class MoetrainConfig(PretrainedConfig):
@@ -180,6 +181,12 @@ class Gate(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_experts)) if options.get("bias") else None
         self.output = nn.Parameter(torch.empty(num_experts, num_experts)) if self.kind == "mlp" else None
         self.selection_bias = nn.Parameter(torch.empty(num_experts)) if options.get("selection_bias") else None
+        self.domains = None
+        if options["type"] == "nexus":
+            inner = options.get("projection_dim") or dim
+            self.domains = nn.Parameter(torch.empty(num_experts, options["domain_dim"]))
+            self.weight = nn.Parameter(torch.empty(2 * inner, options["domain_dim"]))
+            self.output = nn.Parameter(torch.empty(dim, inner))
         if options["type"] == "expert_choice":
             # The cut of the scores, by expert; how many steps it was estimated in counts only for training on.
             self.cut, self.updates = nn.Parameter(torch.empty(num_experts)), nn.Parameter(torch.empty(1))
@@ -188,6 +195,9 @@ class Gate(nn.Module):
         """x: (T, D). Returns (T, E), float32 or float64."""
         dtype = _wide(x)
         x, weight = x.to(dtype), self.weight.to(dtype)
+        if self.domains is not None:
+            gate, up = F.linear(self.domains.to(dtype), weight).chunk(2, -1)
+            return F.linear(x, F.linear(F.silu(gate) * up, self.output.to(dtype)))
         if self.kind == "cosine":
             return F.linear(F.normalize(x, dim=-1), F.normalize(weight, dim=-1)) / self.temperature
         hidden = F.linear(x, weight, None if self.bias is None else self.bias.to(dtype))
@@ -221,7 +231,7 @@ class MoE(nn.Module):
         """x: (T, D). Returns weights (T, E), 0 where there is no route, and the routes (T, E) bool."""
         options, dtype = self.options, _wide(x)
         logits = self.gate(x)
-        if options["type"] in ("topk", "language_family"):
+        if options["type"] in ("topk", "language_family", "nexus"):
             sigmoid = options.get("score") == "sigmoid"
             scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
             ranking = scores if sigmoid else logits
@@ -292,7 +302,7 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _no_split_modules = ["Layer"]
-    _keep_in_fp32_modules_strict = ["selection_bias", "cut", "updates"]
+    _keep_in_fp32_modules_strict = ["selection_bias", "cut", "updates", "domains"]
     _supports_sdpa = True
     # transformers 5 wants to know what is tied to what, 4 the names alone.
     _tied_weights_keys = (

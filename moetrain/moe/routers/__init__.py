@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.config import ModelConfig
-from moetrain.moe.routers import base_layers, expert_choice, language_family, sigmoid_ste, topk
+from moetrain.moe.routers import base_layers, expert_choice, language_family, nexus, sigmoid_ste, topk
 from moetrain.moe.routers.base import MODULES, router_for
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "changes_after_step",
     "expert_choice",
     "language_family",
+    "nexus",
     "router_for",
     "sigmoid_ste",
     "start_value",
