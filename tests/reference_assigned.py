@@ -9,7 +9,7 @@ import networkx
 import torch
 from torch import Tensor
 
-from moetrain.config import BaseLayersRouter, ExpertChoiceRouter, LanguageFamilyRouter, NexusRouter, RouterOptions
+from moetrain.config import BaseLayersRouter, ExpertChoiceRouter, HashRouter, LanguageFamilyRouter, NexusRouter, RouterOptions
 from moetrain.moe.routing import LayerReport, TokenContext
 
 Weights = dict[int, dict[int, Tensor]]
@@ -139,3 +139,12 @@ def nexus(layer: Any, x: Tensor, context: TokenContext, sequences: list[list[int
 
 
 ASSIGNED[NexusRouter] = nexus
+
+
+def hash_layer(layer: Any, x: Tensor, context: TokenContext, sequences: list[list[int]]) -> Weights:
+    k = layer.options.num_hashes
+    ids = layer.router.table
+    return {t: {int(ids[int(context.tokens[t]), j]): torch.tensor(1 / k, dtype=x.dtype) for j in range(k)} for t in sum(sequences, [])}
+
+
+ASSIGNED[HashRouter] = hash_layer

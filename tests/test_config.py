@@ -238,6 +238,7 @@ _topk_more = st.sampled_from(
 _assigned = st.sampled_from(
     [
         {"type": "base_layers", "init_std": 0.1},
+        {"type": "hash", "num_hashes": 3, "frequencies": "a.json", "seed": 2**62},
         {"type": "nexus", "domain_dim": 5, "projection_dim": 3, "embeddings": "d.safetensors", "balance_coef": 0.0},
         {"type": "language_family", "languages": {"é": 7, "a b": 0, "no": 1}, "top_k": 8, "balance_coef": 0.5},
         {"type": "expert_choice", "capacity_factor": 1.5, "over": "micro_batch", "evaluation": "choice"},
@@ -426,6 +427,7 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": moe({**_LANGUAGES, "languages": {"en": 8}})}, "router.languages: the expert of en (8) must be below num_experts (8)"),
     ({"model": moe({**_LANGUAGES, "top_k": 9})}, "router.top_k (9) is more than num_experts (8)"),
     ({"model": moe({"type": "nexus", "domain_dim": 3, "top_k": 9})}, "router.top_k (9) is more than num_experts (8)"),
+    ({"model": moe({"type": "hash", "num_hashes": 9})}, "router.num_hashes (9) is more than num_experts (8)"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": _OPEN}}, "upcycle.router.type (sigmoid_ste) does not belong to upcycle.method (llama_moe); use topk"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": {"type": "topk", "top_k": 9}}}, "upcycle.router.top_k (9) is more than num_experts (8)"),
     (_upcycle(granularity=2), "upcycle.granularity (2) has no effect with method: dsmoe; it is for virtual_groups"),
@@ -567,6 +569,7 @@ READ: dict[str, tuple[str, str]] = {
     "PrepareConfig.validation_fraction": ("cli.py", "options.validation_fraction"),
     "PrepareConfig.max_documents": ("cli.py", "options.max_documents"),
     "PrepareConfig.strict": ("cli.py", "options.strict"),
+    "PrepareConfig.counts": ("cli.py", "options.counts"),
     "PrepareConfig.seed": ("cli.py", "options.seed"),
     "ParallelConfig.dp_replicate": ("parallel/mesh.py", "parallel.dp_replicate"),
     "ParallelConfig.dp_shard": ("parallel/mesh.py", "parallel.dp_shard"),
@@ -672,6 +675,7 @@ MODELS = {
     "topk_mlp_noise": moe({"type": "topk", "top_k": 8, "gate": "mlp", "noise": True}),
     "topk_bias": moe({"type": "topk", "top_k": 8, "score": "sigmoid", "selection_bias": True}),
     "base_layers": moe({"type": "base_layers"}),
+    "hash": moe({"type": "hash", "num_hashes": 8}),
     "nexus": moe({"type": "nexus", "domain_dim": 5, "projection_dim": 12}),
     "language_family": moe({"type": "language_family", "top_k": 8, "languages": {"en": 0}}),
     "expert_choice": moe({"type": "expert_choice", "capacity_factor": 8.0}),
@@ -692,7 +696,7 @@ def test_num_params(name: str) -> None:
         assert config.num_active_params(active) == sum(built.values()) - experts * (1 - active / 8)
 
 
-@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk", "topk_mlp_noise", "topk_bias"])
+@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk", "topk_mlp_noise", "topk_bias", "language_family", "hash"])
 @pytest.mark.parametrize("length", [8, 64])
 def test_flops_per_token(name: str, length: int) -> None:
     """Against torch's count of a forward pass in which every expert is active, number for number.

@@ -27,6 +27,7 @@ ASSIGNED: dict[str, dict[str, Any]] = {
     "expert_choice_batch": {"router": {"type": "expert_choice", "over": "micro_batch", "cut_rate": 0.4}},
     "language_family": {"router": {"type": "language_family", "languages": {"b": 6, "a": 1}, "balance_coef": 0.1}},
     "nexus": {"router": {"type": "nexus", "domain_dim": 5, "projection_dim": 6}},
+    "hash": {"router": {"type": "hash", "num_hashes": 2, "init_std": None}},
     "expert_threshold": {"router": {"type": "expert_choice", "training": "threshold", "warmup_steps": 1, "score": "sigmoid"}},
 }
 """Chosen by experts, by assignment, by token id, by task, by domain."""

@@ -12,6 +12,7 @@ from moetrain.cli import main
 from moetrain.config import (
     BaseLayersRouter,
     ExpertChoiceRouter,
+    HashRouter,
     LanguageFamilyRouter,
     ModelConfig,
     RouterOptions,
@@ -41,6 +42,7 @@ RECIPES: dict[str, tuple[float, dict[str, Any] | RouterOptions]] = {
     "base_layers": (4.344, BaseLayersRouter()),
     "expert_choice": (5.514, ExpertChoiceRouter()),
     "post_moe": (70.35, LanguageFamilyRouter(languages={name: i for i, name in enumerate("ar de en es fr hi it ja ko pt ru zh".split())})),
+    "hash": (9.816, HashRouter(frequencies="data/corpus.counts.json")),
     "openmoe": (40.31, dict(top_k=2, capacity_factor=2.0, z_coef=1e-4)),
 }  # fmt: skip
 

@@ -22,6 +22,7 @@ from moetrain.config.routers import (
     ROUTERS,
     BaseLayersRouter,
     ExpertChoiceRouter,
+    HashRouter,
     LanguageFamilyRouter,
     NexusRouter,
     Router,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, GetCoreSchemaHandler
 from pydantic_core import core_schema
 
-from moetrain.config.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from moetrain.config.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, Seed
 
 ROUTERS: dict[str, type[RouterOptions]] = {}
 """type -> section."""
@@ -409,3 +409,32 @@ class NexusRouter(RouterOptions):
 
     def default_active(self, num_experts: int) -> float:
         return self.top_k
+
+
+class HashRouter(RouterOptions):
+    """Hash layers (arXiv 2106.04426): a token's experts follow from its id, by a table that never changes."""
+
+    type: Literal["hash"] = "hash"
+    num_hashes: Positive = 1
+    """k, experts of each token id; each has weight 1 / k."""
+    frequencies: Annotated[str | None, Field(min_length=1)] = None
+    """A JSON file with a list of how often each token id occurs (`moetrain prepare` writes PREFIX.counts.json with prepare.counts: true). Ids
+    are shared out so that every expert has about equally many tokens; null: at random. It is read for start weights that are drawn; from then
+    on the model has the table."""
+    seed: Seed = 0
+    """Of the random table, and of the order of equally frequent ids. Every layer has a table of its own."""
+
+    ROW_PER_EXPERT: ClassVar[bool] = False
+    TRAINING: ClassVar[frozenset[str]] = RouterOptions.TRAINING | {"frequencies", "seed"}
+
+    def problems(self, num_experts: int) -> list[str]:
+        return [f".num_hashes ({self.num_hashes}) is more than num_experts ({num_experts})"] if self.num_hashes > num_experts else []
+
+    def num_params(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
+        return 0, 0
+
+    def numbers_per_token_id(self) -> int:
+        return self.num_hashes
+
+    def default_active(self, num_experts: int) -> float:
+        return self.num_hashes

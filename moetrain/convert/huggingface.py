@@ -28,7 +28,7 @@ from moetrain.model import Transformer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
-EXACT = ("router.selection_bias", "router.cut", "router.updates", "router.domains")
+EXACT = ("router.selection_bias", "router.cut", "router.updates", "router.domains", "router.table")
 """Ends of the names of parameters that are never stored in less than float32: steps of 0.001, or numbers of experts, are lost in bfloat16."""
 _STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 _MODELING = Path(__file__).parent / "hf" / "modeling_moetrain.py"

@@ -12,6 +12,7 @@ from moetrain.config import (
     BaseLayersRouter,
     ExpertChoiceRouter,
     GenerateConfig,
+    HashRouter,
     LanguageFamilyRouter,
     ModelConfig,
     MoEConfig,
@@ -46,6 +47,7 @@ MODELS = {
     "base_layers": dict(router=BaseLayersRouter()),
     "language_family": dict(router=LanguageFamilyRouter(languages={"en": 0, "de": 3})),
     "nexus": dict(router=NexusRouter(domain_dim=6, top_k=2)),
+    "hash": dict(router=HashRouter(num_hashes=2)),
     "expert_choice": dict(router=ExpertChoiceRouter()),
     "expert_choice_sigmoid": dict(router=ExpertChoiceRouter(score="sigmoid", evaluation="choice")),
     "topk_odd_bias": dict(router=TopKRouter(top_k=2), o_bias=True),
@@ -74,8 +76,9 @@ def make(name, folder, dtype=torch.float64):
     init_weights(model, 0)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator, dtype=dtype) * 0.25)
+        for key, p in model.named_parameters():
+            if not key.endswith("router.table"):
+                p.add_(torch.randn(p.shape, generator=generator, dtype=dtype) * 0.25)
     write_model(folder, config, model.named_parameters())
     return model, hf.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
 

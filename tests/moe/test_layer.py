@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from moetrain.config import (
     BaseLayersRouter,
     ExpertChoiceRouter,
+    HashRouter,
     LanguageFamilyRouter,
     ModelConfig,
     MoEConfig,
@@ -18,6 +19,7 @@ from moetrain.config import (
     TopKRouter,
 )
 from moetrain.moe.layer import MoELayer
+from moetrain.moe.routers import start_value
 from moetrain.moe.routing import TokenContext
 from tests.reference import ReferenceMoE
 
@@ -43,6 +45,7 @@ ROUTERS = {
     "expert_choice": ExpertChoiceRouter(capacity_factor=1.3),
     "expert_choice_batch": ExpertChoiceRouter(over="micro_batch", score="sigmoid", evaluation="choice"),
     "language_family": LanguageFamilyRouter(languages={"xx": 4, "aa": 0, "mm": 1}),
+    "hash": HashRouter(num_hashes=2),
     "nexus": NexusRouter(domain_dim=4, projection_dim=6),
     "language_all": LanguageFamilyRouter(top_k=1, languages={"xx": 2}),
     "expert_threshold": ExpertChoiceRouter(training="threshold", warmup_steps=0, score="sigmoid"),
@@ -65,6 +68,8 @@ def pair(config: ModelConfig, seed: int = 0, scale: float = 1.0, shift: float = 
             p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * scale)
         if hasattr(loop.router, "updates"):
             loop.router.updates.fill_(3)
+        if hasattr(loop.router, "table"):
+            loop.router.table.copy_(start_value(config, "layers.1.ffn.router.table", loop.router.table.shape))
         if shift:
             loop.router.weight[:, 0] += shift
     ours.load_state_dict(loop.state_dict())

@@ -3,7 +3,7 @@
 Routers are sigmoid_ste (independent gates, those above a threshold route: a token has any number of experts, none included) and topk (by
 softmax or sigmoid scores of a linear, two-layer or cosine gate, with a bias that only chooses, and groups of experts), expert_choice (scores
 above an expert's cut route), base_layers (the best of independent gates), language_family (softmax top-k, not normalised),
-nexus (the same, its rows projected from domains' embeddings).
+nexus (the same, its rows projected from domains' embeddings), hash (by a table of token ids).
 Attention has grouped heads, biases, q/k norms, sliding windows and rotary positions with linear, llama3 or yarn scaling. The key `moetrain`
 of config.json holds every option.
 
@@ -21,7 +21,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-ROUTERS = ("sigmoid_ste", "topk", "expert_choice", "base_layers", "language_family", "nexus")
+ROUTERS = ("sigmoid_ste", "topk", "expert_choice", "base_layers", "language_family", "nexus", "hash")
 
 
 class MoetrainConfig(PretrainedConfig):
@@ -181,7 +181,10 @@ class Gate(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_experts)) if options.get("bias") else None
         self.output = nn.Parameter(torch.empty(num_experts, num_experts)) if self.kind == "mlp" else None
         self.selection_bias = nn.Parameter(torch.empty(num_experts)) if options.get("selection_bias") else None
-        self.domains = None
+        self.domains = self.table = None
+        if options["type"] == "hash":
+            self.table = nn.Parameter(torch.empty(options["vocab_size"], options["num_hashes"]))
+            self.weight = None
         if options["type"] == "nexus":
             inner = options.get("projection_dim") or dim
             self.domains = nn.Parameter(torch.empty(num_experts, options["domain_dim"]))
@@ -213,13 +216,13 @@ class MoE(nn.Module):
         self.options = moe["router"]
         if self.options["type"] not in ROUTERS:
             raise ValueError(f"moe.router.type is {self.options['type']!r}; supported: {', '.join(ROUTERS)}")
-        self.gate = Gate(D, moe["num_experts"], self.options)
+        self.gate = Gate(D, moe["num_experts"], {"vocab_size": config["vocab_size"], **self.options})
         self.experts = nn.ModuleList(FeedForward(D, moe["expert_dim"]) for _ in range(moe["num_experts"]))
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """x: (B, S, D), normed. residual: the stream before the norm. Returns (B, S, D)."""
+    def forward(self, x: Tensor, residual: Tensor, known: dict) -> Tensor:
+        """x: (B, S, D), normed. residual: the stream before the norm. known: of the tokens, see `route`. Returns (B, S, D)."""
         shape, x = x.shape, x.flatten(0, 1)
-        weights, active = self.route(residual.flatten(0, 1) if self.options.get("input") == "residual" else x)
+        weights, active = self.route(residual.flatten(0, 1) if self.options.get("input") == "residual" else x, known)
         # The outputs of a token's experts are added in float32, as in training.
         y = torch.zeros(x.shape, dtype=_wide(x), device=x.device)
         for e in active.any(0).nonzero().flatten().tolist():
@@ -227,9 +230,15 @@ class MoE(nn.Module):
             y.index_add_(0, tokens, self.experts[e](x[tokens]).to(y.dtype) * weights[tokens, e, None].to(y.dtype))
         return y.to(x.dtype).view(shape)
 
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: (T, D). Returns weights (T, E), 0 where there is no route, and the routes (T, E) bool."""
+    def route(self, x: Tensor, known: dict) -> tuple[Tensor, Tensor]:
+        """x: (T, D). known: `tokens`, (T,) ids or None. Returns weights (T, E), 0 where there is no route, and the routes (T, E) bool."""
         options, dtype = self.options, _wide(x)
+        if options["type"] == "hash":
+            if known["tokens"] is None:
+                raise ValueError("moe.router.type is 'hash': experts follow from token ids; give input_ids, not inputs_embeds")
+            chosen = self.gate.table[known["tokens"]].long()
+            active = torch.zeros(x.shape[0], len(self.experts), dtype=torch.bool, device=x.device).scatter(-1, chosen, True)
+            return active.to(dtype) / options["num_hashes"], active
         logits = self.gate(x)
         if options["type"] in ("topk", "language_family", "nexus"):
             sigmoid = options.get("score") == "sigmoid"
@@ -283,10 +292,10 @@ class Layer(nn.Module):
         dense = config.get("moe") is None
         self.mlp = FeedForward(D, config["intermediate_size"], config["mlp_bias"]) if dense else MoE(config)
 
-    def forward(self, x: Tensor, *attention: Any) -> Tensor:
+    def forward(self, x: Tensor, known: dict, *attention: Any) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), *attention)
         normed = self.post_attention_layernorm(x)
-        return x + (self.mlp(normed, x) if isinstance(self.mlp, MoE) else self.mlp(normed))
+        return x + (self.mlp(normed, x, known) if isinstance(self.mlp, MoE) else self.mlp(normed))
 
 
 class Decoder(nn.Module):
@@ -302,7 +311,7 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _no_split_modules = ["Layer"]
-    _keep_in_fp32_modules_strict = ["selection_bias", "cut", "updates", "domains"]
+    _keep_in_fp32_modules_strict = ["selection_bias", "cut", "updates", "domains", "table"]
     _supports_sdpa = True
     # transformers 5 wants to know what is tied to what, 4 the names alone.
     _tied_weights_keys = (
@@ -379,8 +388,9 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
             else:
                 position_ids = torch.arange(start, start + S, device=x.device)[None]
         cos, sin = self._rope(position_ids[:, -S:], x)
+        known = {"tokens": None if input_ids is None else input_ids.flatten()}
         for layer in self.model.layers:
-            x = layer(x, cos, sin, start, attention_mask, past_key_values)
+            x = layer(x, known, cos, sin, start, attention_mask, past_key_values)
         x = self.model.norm(x)
         if isinstance(logits_to_keep, int):
             x = x[:, -logits_to_keep:] if logits_to_keep > 0 else x

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.config import ModelConfig
-from moetrain.moe.routers import base_layers, expert_choice, language_family, nexus, sigmoid_ste, topk
+from moetrain.moe.routers import base_layers, expert_choice, hash, language_family, nexus, sigmoid_ste, topk
 from moetrain.moe.routers.base import MODULES, router_for
 
 __all__ = [
     "build_router",
     "changes_after_step",
     "expert_choice",
+    "hash",
     "language_family",
     "nexus",
     "router_for",
