@@ -244,6 +244,7 @@ def _prepare(config: Config) -> None:
     from rich.progress import Progress
 
     from moetrain.build import need
+    from moetrain.data.indexed import write_counts
     from moetrain.data.prepare import DEFAULT_EXTENSIONS, prepare
 
     need(config, "prepare")
@@ -259,6 +260,8 @@ def _prepare(config: Config) -> None:
         )  # fmt: skip
     for split, prefix in report.prefixes.items():
         print(f"{split}: {report.documents[split]:,} documents, {report.tokens[split]:,} tokens -> {prefix}.bin")
+    for prefix in report.prefixes.values() if options.counts else []:
+        print(f"counts of token ids: {write_counts(prefix)}")
     for reason, count in report.skipped.items():
         print(f"left out: {count:,} ({reason})")
     if report.broken_lines:

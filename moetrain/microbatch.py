@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moetrain.config import ModelConfig
 from moetrain.data.dataset import IGNORE
 from moetrain.model import ModelOutput, Transformer
 from moetrain.moe.routing import StepCounts, TokenContext
@@ -27,9 +28,10 @@ def forward(
     seed: int = 0,
     group: dist.ProcessGroup | None = None,
     counts: StepCounts | None = None,
+    tags: Tensor | None = None,
 ) -> ModelOutput:
     """num_tokens: labels of the whole step over all ranks, which router losses are divided by; None: of this call. seed: of the routers' draws.
-    group: ranks that share the micro-batch. counts: of the step's micro-batches so far.
+    group: ranks that share the micro-batch. counts: of the step's micro-batches so far. tags: of `source_tags`, for the sources of the batch.
 
     A token without a label has no routes: it is padding or the last of its document, and nobody reads its output.
     """
@@ -38,15 +40,22 @@ def forward(
     # The name of a token, whatever rank it is on: its sample's index and its place in it, moved by the seed.
     keys = batch["sample_index"][:, None] * sequence + torch.arange(sequence, device=labels.device) + seed * 0x632BE59BD9B4E019 % 2**62
     wide = torch.promote_types(dtype, torch.float32)
-    tags = batch["source"][:, None].expand_as(labels)
+    source = batch["source"]
+    tag = (source if tags is None else torch.where(source < 0, -1, tags[source.clamp(min=0)]))[:, None].expand_as(labels)
     context = TokenContext(
         keys=keys.flatten(), valid=(labels != IGNORE).flatten(), num_tokens=None if num_tokens is None else num_tokens.to(wide), group=group,
-        sequence=sequence, counts=counts, tags=tags.flatten(),
+        sequence=sequence, counts=counts, tags=tag.flatten(),
     )  # fmt: skip
     return model(
         batch["tokens"], labels=labels, positions=batch["positions"], document_ids=batch["document_ids"] if isolate_documents else None,
         context=context, dtype=dtype,
     )  # fmt: skip
+
+
+def source_tags(config: ModelConfig, names: list[str], device: torch.device) -> Tensor | None:
+    """(len(names),) int64: the router's tag of each source's tokens, -1 for a source that it does not know; None: it has no names of its own."""
+    known = [] if config.moe is None else config.moe.router.tag_names()
+    return torch.tensor([known.index(n) if n in known else -1 for n in names], device=device) if known else None
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from moetrain.config import ModelConfig
 from moetrain.modules import Linear, RMSNorm, SwiGLU
 from moetrain.moe.finedeep import Finedeep
 from moetrain.moe.layer import MoELayer
+from moetrain.moe.routers import start_value
 from moetrain.moe.routing import LayerReport, TokenContext
 from moetrain.moe.strata import StratifiedMoELayer
 
@@ -148,8 +149,8 @@ class Transformer(nn.Module):
         layout = Layout(cos, sin, "sdpa")
         if cache is None:
             layout = make_layout(cos, sin, document_ids, self.windows, x.dtype, head_dim=self.config.head_size)
-        context = TokenContext(sequence=S) if context is None else context
-        context = dataclasses.replace(context, tokens=tokens.flatten())
+        context = TokenContext() if context is None else context
+        context = dataclasses.replace(context, tokens=tokens.flatten(), sequence=S if context.sequence is None else context.sequence)
         reports = []
         for layer in self.layers:
             x, report = layer(x, layout, context, cache)
@@ -239,8 +240,12 @@ def initial_tensor(name: str, shape: Sequence[int], config: ModelConfig, seed: i
 
     A function of name, shape, config and seed alone, so every layout of ranks starts from the same weights. Norms are 1, biases 0 (the
     router's: `bias_init`), the weights of a router's noise and its own statistics 0, matrices normal; what writes into the residual stream is
-    divided by sqrt(2 * num_layers) (GPT-2; with Finedeep's M sub-layers (1 + M) * num_layers).
+    divided by sqrt(2 * num_layers) (GPT-2; with Finedeep's M sub-layers (1 + M) * num_layers). What a router has a value of its own for
+    (`routers.start_value`) starts with that.
     """
+    value = start_value(config, name, shape)
+    if value is not None:
+        return value
     if name.endswith("norm.weight") or ".norms." in name:
         return torch.ones(*shape, device="cpu")
     if name.endswith((".selection_bias", ".noise", ".cut")):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from moetrain.data.dataset import IGNORE, BatchIterator, BlendedDataset, EvalSet
 from moetrain.data.indexed import read_meta
 from moetrain.evaluate import evaluate
 from moetrain.metrics import Metrics
-from moetrain.microbatch import Batch, Sums, forward
+from moetrain.microbatch import Batch, Sums, forward, source_tags
 from moetrain.model import Transformer
 from moetrain.moe.losses import build_controller, coefficients
 from moetrain.moe.routers import changes_after_step
@@ -95,6 +96,7 @@ class Trainer:
             s.name: EvalSet(s.name, s.path, data.seq_len, data.isolate_documents, self.train_config.eval_sequences, vocab_size=vocab_size)
             for s in data.eval
         }
+        self.tags = source_tags(self.model_config, [s.name for s in data.train], self.device)
         self.tokenizer = ((read_meta(data.train[0].path) or {}).get("tokenizer") or {}).get("spec")
 
         self.checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", config.checkpoint)
@@ -137,6 +139,9 @@ class Trainer:
             self.metrics.event("resume", step=self.step, ranks=self.world)
         if console and self.rank == 0:
             print(self.describe(), flush=True)
+        caution = None if self.model_config.moe is None else self.model_config.moe.router.caution()
+        if caution is not None and self.rank == 0:
+            warnings.warn(f"model.moe.router: {caution}", stacklevel=2)
 
     def describe(self) -> str:
         """What runs and what it runs on, in a few lines: printed once at the start."""
@@ -255,7 +260,7 @@ class Trainer:
         counts = StepCounts()
         sums = Sums(list(factors), len(self.config.data.train), self.device)
         for batch in batches:
-            output = forward(self.model, batch, self.dtype, self.config.data.isolate_documents, count, train.seed, self.group, counts)
+            output = forward(self.model, batch, self.dtype, self.config.data.isolate_documents, count, train.seed, self.group, counts, self.tags)
             loss = output.loss_sum / count.to(output.loss_sum.dtype)
             for layer, report in enumerate(r for r in output.reports if r.stats):
                 for name, value in report.losses.items():

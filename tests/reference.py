@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.config import ModelConfig, SigmoidSteRouter, TopKRouter
+from moetrain.moe.routers import build_router
 from moetrain.moe.routing import LayerReport, TokenContext, uniform
+from tests.reference_assigned import ASSIGNED, assigned_layer
 from tests.reference_topk import topk_layer
 
 
@@ -26,7 +28,11 @@ class ReferenceMoE(nn.Module):
         moe = config.moe
         self.config, self.layer, self.options = config, layer, moe.router
         self.router = nn.Module()
-        self.router.weight = nn.Parameter(torch.empty(moe.num_experts, config.hidden_size))
+        if not isinstance(moe.router, (SigmoidSteRouter, TopKRouter)):
+            for name, p in build_router(config, layer).named_parameters():
+                self.router.register_parameter(name, nn.Parameter(torch.empty(p.shape), requires_grad=p.requires_grad))
+        else:
+            self.router.weight = nn.Parameter(torch.empty(moe.num_experts, config.hidden_size))
         if isinstance(moe.router, SigmoidSteRouter) and moe.router.bias:
             self.router.bias = nn.Parameter(torch.empty(moe.num_experts))
         if isinstance(moe.router, TopKRouter):
@@ -41,6 +47,8 @@ class ReferenceMoE(nn.Module):
     def forward(self, x: Tensor, context: TokenContext, residual: Tensor) -> tuple[Tensor, LayerReport]:
         if isinstance(self.options, TopKRouter):
             return topk_layer(self, x, context)
+        if type(self.options) in ASSIGNED:
+            return assigned_layer(self, x, context)
         valid = [True] * len(x) if context.valid is None else context.valid.tolist()
         num_tokens = context.num_tokens if context.num_tokens is not None else sum(valid)
         outputs, losses, counts = [], [], torch.zeros(self.config.moe.num_experts, dtype=torch.float64)

@@ -112,7 +112,7 @@ def test_all_errors_at_once_with_the_nearest_key() -> None:
         "modle: unknown key; did you mean model?",
         "data.train.0.path: missing; it has no default",
         "data.seqlen: unknown key; did you mean data.seq_len?",
-        "model.moe.router.type: found 'top_k'; one of sigmoid_ste, topk",
+        f"model.moe.router.type: found 'top_k'; one of {', '.join(ROUTERS)}",
         "parallel.ep: input should be a valid integer, found True",
         "lr: unknown key; did you mean train.lr?",
         "log: must be a section with keys of its own, found 3",
@@ -240,6 +240,16 @@ _topk_more = st.sampled_from(
         {"score": "sigmoid", "selection_bias": True}, {"score": "sigmoid", "selection_bias": True, "bias_rate": 0.0, "top_k": 2, "num_groups": 4},
     ]
 )  # fmt: skip
+_assigned = st.sampled_from(
+    [
+        {"type": "base_layers", "init_std": 0.1},
+        {"type": "hash", "num_hashes": 3, "frequencies": "a.json", "seed": 2**62},
+        {"type": "nexus", "domain_dim": 5, "projection_dim": 3, "embeddings": "d.safetensors", "balance_coef": 0.0},
+        {"type": "language_family", "languages": {"é": 7, "a b": 0, "no": 1}, "top_k": 8, "balance_coef": 0.5},
+        {"type": "expert_choice", "capacity_factor": 1.5, "over": "micro_batch", "evaluation": "choice"},
+        {"type": "expert_choice", "training": "threshold", "warmup_steps": 0, "cut_rate": 1.0, "score": "sigmoid"},
+    ]
+)  # fmt: skip
 _rope = st.one_of(
     st.fixed_dictionaries({"type": st.just("linear"), "factor": _positive}),
     st.fixed_dictionaries(
@@ -275,7 +285,7 @@ def trees(draw: st.DrawFn) -> dict[str, Any]:
         data["train"] = [{**s, "weight": draw(_positive)} for s in data["train"]]
     tree["data"] = {**data, "seq_len": draw(st.integers(2, 64))}
     if draw(st.booleans()):
-        mixture = draw(st.none() | st.one_of(_sigmoid(), st.builds(dict.__or__, _topk, _topk_more)))
+        mixture = draw(st.none() | st.one_of(_sigmoid(), _assigned, st.builds(dict.__or__, _topk, _topk_more)))
         tree["model"] = model(
             **draw(_some(rope_theta=_positive, rope_scaling=st.none() | _rope, norm_eps=_positive, init_std=_positive, qk_norm=st.booleans()))
         )
@@ -368,6 +378,7 @@ _OPEN = {"type": "sigmoid_ste"}
 _TOP2 = {"type": "topk", "top_k": 2}
 _MLA = {"kv_lora_rank": 5, "qk_nope_head_dim": 3, "qk_rope_head_dim": 2, "v_head_dim": 4}
 _YARN = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}
+_LANGUAGES = {"type": "language_family", "languages": {"en": 0, "de": 7}}
 
 
 def _upcycle(method: str = "dsmoe", **options: Any) -> dict[str, Any]:
@@ -446,6 +457,14 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": moe({**_TOP2, "score": "sigmoid", "num_groups": 2, "top_groups": 3})}, "router.top_groups (3) is more than num_groups (2)"),
     ({"model": moe({**_TOP2, "score": "sigmoid", "num_groups": 8})}, "router.top_groups (1) groups have 1 experts, fewer than top_k (2)"),
     ({"model": moe({**_TOP2, "drop": "random"})}, "router.drop (random) has an effect only with capacity_factor"),
+    ({"model": moe({"type": "expert_choice", "capacity_factor": 9.0})}, "router.capacity_factor (9.0) is more than num_experts (8)"),
+    ({"model": moe({"type": "expert_choice", "warmup_steps": 9})}, "router.warmup_steps (9) has an effect only with training: threshold, not choice"),
+    ({"model": moe(_LANGUAGES), "data": {"train": [{"name": "en", "path": "p"}, {"name": "fr", "path": "q"}]}}, "model.moe.router: 'de' is no source in data.train; its names are en, fr"),
+    ({"model": moe({**_LANGUAGES, "languages": {}})}, "router.languages names no source"),
+    ({"model": moe({**_LANGUAGES, "languages": {"en": 8}})}, "router.languages: the expert of en (8) must be below num_experts (8)"),
+    ({"model": moe({**_LANGUAGES, "top_k": 9})}, "router.top_k (9) is more than num_experts (8)"),
+    ({"model": moe({"type": "nexus", "domain_dim": 3, "top_k": 9})}, "router.top_k (9) is more than num_experts (8)"),
+    ({"model": moe({"type": "hash", "num_hashes": 9})}, "router.num_hashes (9) is more than num_experts (8)"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": _OPEN}}, "upcycle.router.type (sigmoid_ste) does not belong to upcycle.method (llama_moe); use topk"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": {"type": "topk", "top_k": 9}}}, "upcycle.router.top_k (9) is more than num_experts (8)"),
     (_upcycle(granularity=2), "upcycle.granularity (2) has no effect with method: dsmoe; it is for virtual_groups"),
@@ -462,6 +481,7 @@ RULES: list[tuple[dict[str, Any], str]] = [
     (_upcycle("aggregate", models=["c"], merge="ties"), "upcycle.merge (ties) needs a common start, which mixtures don't name; use average or base"),
     (_upcycle("virtual_groups", granularity=3), "upcycle.num_experts (8) must be a multiple of upcycle.granularity (3)"),
     (_upcycle("virtual_groups", router={"type": "topk", "top_k": 3}), "upcycle.router.top_k (3) must be a multiple of upcycle.granularity (2)"),
+    (_upcycle("virtual_groups", router={"type": "expert_choice"}), "upcycle.router.type (expert_choice) can't route virtual groups"),
     (_upcycle("btx", models=["c", "d"], router={"type": "topk", "top_k": 3}), "upcycle.router.top_k (3) is more than num_experts (2)"),
     (_upcycle("copy", router={**_OPEN, "input": "residual"}), "upcycle.weight_scaling: with router.input: residual the size of what the gates see"),
 ]  # fmt: skip
@@ -600,6 +620,7 @@ READ: dict[str, tuple[str, str]] = {
     "PrepareConfig.validation_fraction": ("cli.py", "options.validation_fraction"),
     "PrepareConfig.max_documents": ("cli.py", "options.max_documents"),
     "PrepareConfig.strict": ("cli.py", "options.strict"),
+    "PrepareConfig.counts": ("cli.py", "options.counts"),
     "PrepareConfig.seed": ("cli.py", "options.seed"),
     "ParallelConfig.dp_replicate": ("parallel/mesh.py", "parallel.dp_replicate"),
     "ParallelConfig.dp_shard": ("parallel/mesh.py", "parallel.dp_shard"),
@@ -715,6 +736,11 @@ MODELS = {
     "strata": moe({"type": "topk", "top_k": 2, "noise": True}, strata={"sizes": [3, 3, 2], "norm": True}),
     "finedeep": model(finedeep={"sublayers": 2, "experts": 4}),
     "some_sparse": moe(_ALL_OPEN, layers={"first": 1, "every": 2}, num_layers=5, intermediate_size=20),
+    "base_layers": moe({"type": "base_layers"}),
+    "hash": moe({"type": "hash", "num_hashes": 8}),
+    "nexus": moe({"type": "nexus", "domain_dim": 5, "projection_dim": 12}),
+    "language_family": moe({"type": "language_family", "top_k": 8, "languages": {"en": 0}}),
+    "expert_choice": moe({"type": "expert_choice", "capacity_factor": 8.0}),
 }
 
 
@@ -732,7 +758,7 @@ def test_num_params(name: str) -> None:
         assert config.num_active_params(active) == sum(built.values()) - experts * (1 - active / 8)
 
 
-@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk", "budget", "topk_mlp_noise", "topk_bias", "some_sparse", "shared_gate", "shared_coefficient", "mla", "mla_plain", "unequal", "finedeep"])
+@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk", "budget", "topk_mlp_noise", "topk_bias", "language_family", "hash", "some_sparse", "shared_gate", "shared_coefficient", "mla", "mla_plain", "unequal", "finedeep"])
 @pytest.mark.parametrize("length", [8, 64])
 def test_flops_per_token(name: str, length: int) -> None:
     """Against torch's count of a forward pass in which every expert is active, number for number.

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from moetrain.config import Config
 from tests.test_train import layout_id, make_config, start, write_data
@@ -24,7 +26,15 @@ BUDGETS: dict[str, dict[str, Any]] = {
 }
 VARIABLE: dict[str, dict[str, Any]] = {}
 """Variable numbers of experts: ReMoE, XMoE, DynMoE, MoE++."""
-ASSIGNED: dict[str, dict[str, Any]] = {}
+ASSIGNED: dict[str, dict[str, Any]] = {
+    "base_layers": {"router": {"type": "base_layers"}},
+    "expert_choice": {"router": {"type": "expert_choice", "capacity_factor": 1.7}},
+    "expert_choice_batch": {"router": {"type": "expert_choice", "over": "micro_batch", "cut_rate": 0.4}},
+    "language_family": {"router": {"type": "language_family", "languages": {"b": 6, "a": 1}, "balance_coef": 0.1}},
+    "nexus": {"router": {"type": "nexus", "domain_dim": 5, "projection_dim": 6}},
+    "hash": {"router": {"type": "hash", "num_hashes": 2, "init_std": None}},
+    "expert_threshold": {"router": {"type": "expert_choice", "training": "threshold", "warmup_steps": 1, "score": "sigmoid"}},
+}
 """Chosen by experts, by assignment, by token id, by task, by domain."""
 LAYERS: dict[str, dict[str, Any]] = {
     "some_sparse": {
@@ -62,6 +72,8 @@ def config_of(name: str, folder: Path, layout: tuple[int, int, int], run_dir: Pa
     moe["router"] = {"init_std": 0.7, **moe["router"]}
     if moe["router"]["init_std"] is None:
         del moe["router"]["init_std"]
+    if moe["router"]["type"] == "nexus":
+        moe["router"]["embeddings"] = str(folder / "domains.safetensors")
     return make_config(folder, "exact", layout, run_dir=str(run_dir), model__moe=moe, **changes)
 
 
@@ -70,6 +82,7 @@ def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     write_data(folder / "a", seed=1)
     write_data(folder / "b", documents=20, seed=2)
+    save_file({"domains": torch.randn(8, 5, generator=torch.Generator().manual_seed(0))}, folder / "domains.safetensors")
     return folder
 
 

@@ -9,14 +9,24 @@ import pytest
 import torch
 
 from moetrain.cli import main
-from moetrain.config import ModelConfig, TopKRouter, UpcycleConfig, load_config
+from moetrain.config import (
+    BaseLayersRouter,
+    ExpertChoiceRouter,
+    HashRouter,
+    LanguageFamilyRouter,
+    ModelConfig,
+    RouterOptions,
+    TopKRouter,
+    UpcycleConfig,
+    load_config,
+)
 from moetrain.convert.huggingface import architecture, read_config, read_tensors, write_model
 from moetrain.convert.upcycle import target_config, upcycle
 from moetrain.model import Transformer, init_weights
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
-# Parameters in billions and the router's options that differ from the defaults; None: a dense model.
-RECIPES: dict[str, tuple[float, dict[str, Any] | None]] = {
+# Parameters in billions and the router, or the options of a topk router that differ from the defaults; None: a dense model.
+RECIPES: dict[str, tuple[float, dict[str, Any] | RouterOptions | None]] = {
     "finedeep": (0.8348, None),
     "switch": (
         3.73, dict(top_k=1, normalize=False, jitter=0.01, capacity_factor=1.25, drop="position", init_std=0.0114),
@@ -30,6 +40,10 @@ RECIPES: dict[str, tuple[float, dict[str, Any] | None]] = {
             balance_over="sequence", init_std=0.006,
         ),
     ),
+    "base_layers": (4.344, BaseLayersRouter()),
+    "expert_choice": (5.514, ExpertChoiceRouter()),
+    "post_moe": (70.35, LanguageFamilyRouter(languages={name: i for i, name in enumerate("ar de en es fr hi it ja ko pt ru zh".split())})),
+    "hash": (9.816, HashRouter(frequencies="data/corpus.counts.json")),
     "openmoe": (9.305, dict(top_k=2, capacity_factor=2.0, z_coef=1e-4)),
 }  # fmt: skip
 
@@ -42,11 +56,16 @@ def test_recipe(name, capsys):
     config = load_config(path)
     billions, router = RECIPES[name]
     if router is not None:
-        assert config.model.moe.router == TopKRouter(**router)
+        assert config.model.moe.router == (router if isinstance(router, RouterOptions) else TopKRouter(**router))
     with torch.device("meta"):
         model = Transformer(config.model)
     count = sum(p.numel() for p in model.parameters())
     assert count == config.model.num_params() and count / 1e9 == pytest.approx(billions, rel=2e-3)
+
+
+def test_upcycled_qwen2_is_the_recipes_model():
+    config = load_config(FOLDER / "post_moe.yaml")
+    assert target_config(config.model.model_copy(update={"moe": None}), config.upcycle) == config.model
 
 
 def test_upcycled_llama_is_the_recipes_model():

@@ -28,7 +28,19 @@ from moetrain.config.reading import (
     to_dict,
     to_yaml,
 )
-from moetrain.config.routers import ROUTERS, BudgetRouter, Router, RouterOptions, SigmoidSteRouter, TopKRouter
+from moetrain.config.routers import (
+    ROUTERS,
+    BaseLayersRouter,
+    BudgetRouter,
+    ExpertChoiceRouter,
+    HashRouter,
+    LanguageFamilyRouter,
+    NexusRouter,
+    Router,
+    RouterOptions,
+    SigmoidSteRouter,
+    TopKRouter,
+)
 from moetrain.config.rules import check, check_world
 from moetrain.config.sections import (
     CheckpointConfig,

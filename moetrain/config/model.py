@@ -274,7 +274,7 @@ class ModelConfig(Section):
             router, small = self.moe.router_params(D)
             shared, own = (0, 0) if self.moe.shared is None else self.moe.shared.num_params(D)
             matrices += sparse * (experts_per_layer * 3 * D * sum(self.moe.expert_dims) / self.moe.num_experts + router + shared)
-            others += sparse * (small + own)
+            others += sparse * (small + own + self.moe.router.numbers_per_token_id() * self.vocab_size)
         # The embedding is looked up, not multiplied with; tied to the head it is the head's matrix.
         return matrices + self.vocab_size * D, others + D + (0 if self.tie_embeddings else self.vocab_size * D)
 

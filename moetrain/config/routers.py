@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, GetCoreSchemaHandler
 from pydantic_core import core_schema
 
-from moetrain.config.base import NonNegativeFloat, Positive, PositiveFloat, Section
+from moetrain.config.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, Seed
 
 ROUTERS: dict[str, type[RouterOptions]] = {}
 """type -> section."""
@@ -32,6 +32,9 @@ class RouterOptions(Section):
     TRAINING: ClassVar[frozenset[str]] = frozenset({"init_std", "bias_init"})
     """Options that say how the model is trained and not what it computes: they may change when a run goes on."""
 
+    ROW_PER_EXPERT: ClassVar[bool] = True
+    """Every parameter has a row for each expert, so that virtual groups can repeat them."""
+
     def problems(self, num_experts: int) -> list[str]:
         """What is wrong between the options, each beginning with `.option` or `:`; the caller writes the section's name before it."""
         return []
@@ -47,6 +50,18 @@ class RouterOptions(Section):
     def default_active(self, num_experts: int) -> float:
         """Experts that a token uses as far as the options alone say: all, where it is learned."""
         return num_experts
+
+    def numbers_per_token_id(self) -> int:
+        """Parameters kept for each token id of the vocabulary, of no matrix."""
+        return 0
+
+    def tag_names(self) -> list[str]:
+        """Names of sources that the router tells apart: `TokenContext.tags` is a name's place in it, -1 for others; none: a source's number."""
+        return []
+
+    def caution(self) -> str | None:
+        """What somebody who trains with these options is told once, at the start."""
+        return None
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -294,3 +309,170 @@ class TopKRouter(RouterOptions):
 
     def default_active(self, num_experts: int) -> float:
         return self.top_k
+
+
+class ExpertChoiceRouter(RouterOptions):
+    """Each expert takes the tokens of its largest scores (Expert Choice, arXiv 2202.09368), or all above a running estimate of that cut (Expert
+    Threshold, arXiv 2603.11535)."""
+
+    type: Literal["expert_choice"] = "expert_choice"
+    capacity_factor: PositiveFloat = 2.0
+    """c: an expert takes ceil(c * tokens / num_experts) tokens, so that a token has c experts in the mean."""
+    over: Literal["sequence", "micro_batch"] = "sequence"
+    """The tokens that an expert chooses among in training: each sequence by itself, or the micro-batch of all ranks."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """Of the logits: softmax over the experts (Expert Choice), or a sigmoid of each. It is also the weight."""
+    training: Literal["choice", "threshold"] = "choice"
+    """Training routes by the experts' choice, which sees later tokens, or after `warmup_steps` by the estimated cut, which does not."""
+    warmup_steps: NonNegative = 100
+    """`training: threshold` only: steps that route by choice while the cut is first estimated."""
+    evaluation: Literal["threshold", "choice"] = "threshold"
+    """What held-out loss is measured with: the cut, as generation and exported models have it, or the choice within each sequence (the paper),
+    which sees later tokens and so makes the loss too good."""
+    cut_rate: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """The estimate moves by this share of its distance from the step's own cut; while there were fewer than 1 / cut_rate steps it is their
+    mean."""
+    init_std: PositiveFloat = 0.02
+
+    ROW_PER_EXPERT: ClassVar[bool] = False
+    TRAINING: ClassVar[frozenset[str]] = RouterOptions.TRAINING | {"capacity_factor", "over", "training", "warmup_steps", "evaluation", "cut_rate"}
+
+    def idle(self) -> set[str]:
+        return set() if self.training == "threshold" else {"warmup_steps"}
+
+    def problems(self, num_experts: int) -> list[str]:
+        bad = []
+        if self.capacity_factor > num_experts:
+            bad.append(f".capacity_factor ({self.capacity_factor}) is more than num_experts ({num_experts}): no token has so many experts")
+        if "warmup_steps" in self.model_fields_set and self.training != "threshold":
+            bad.append(f".warmup_steps ({self.warmup_steps}) has an effect only with training: threshold, not {self.training}")
+        return bad
+
+    def num_params(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
+        return num_experts * hidden_size, num_experts + 1
+
+    def default_active(self, num_experts: int) -> float:
+        return min(self.capacity_factor, num_experts)
+
+    def caution(self) -> str | None:
+        if self.training == "threshold":
+            return None
+        return (
+            "expert_choice is not causal in training: whether a token is chosen depends on the tokens after it, so its training loss is lower "
+            "than a causal model's; evaluation: threshold measures without that, training: threshold trains without it"
+        )
+
+
+class BaseLayersRouter(RouterOptions):
+    """BASE layers (arXiv 2103.16716): in training the tokens of a sequence are shared out equally, at the largest sum of scores."""
+
+    type: Literal["base_layers"] = "base_layers"
+    init_std: PositiveFloat = 0.02
+
+    def default_active(self, num_experts: int) -> float:
+        return 1
+
+    def caution(self) -> str | None:
+        return (
+            "base_layers is not causal in training: a token's expert depends on the tokens after it in its sequence; evaluation and generation "
+            "take each token's best expert, which does not"
+        )
+
+
+class LanguageFamilyRouter(RouterOptions):
+    """Hybrid routing of Post-MoE (Apollo-MoE, arXiv 2410.10626): softmax top-k, which in training must hold the expert of the sample's language."""
+
+    type: Literal["language_family"] = "language_family"
+    top_k: Positive = 2
+    languages: dict[str, NonNegative]
+    """Source in `data.train` -> the expert of its language or family of languages. A source that is not named has none."""
+    balance_coef: NonNegativeFloat = 0.0
+    """Coefficient of the load-balancing loss E * sum_e f_e P_e over the micro-batch on all ranks; the paper has none."""
+    init_std: PositiveFloat = 0.02
+
+    TRAINING: ClassVar[frozenset[str]] = RouterOptions.TRAINING | {"balance_coef"}
+
+    def problems(self, num_experts: int) -> list[str]:
+        bad = []
+        if self.top_k > num_experts:
+            bad.append(f".top_k ({self.top_k}) is more than num_experts ({num_experts})")
+        if not self.languages:
+            bad.append(".languages names no source; without one use type: topk")
+        for name, expert in self.languages.items():
+            if expert >= num_experts:
+                bad.append(f".languages: the expert of {name} ({expert}) must be below num_experts ({num_experts})")
+        return bad
+
+    def coefficients(self) -> dict[str, float]:
+        return {"balance": self.balance_coef}
+
+    def default_active(self, num_experts: int) -> float:
+        return self.top_k
+
+    def tag_names(self) -> list[str]:
+        return sorted(self.languages)
+
+
+class NexusRouter(RouterOptions):
+    """Nexus (arXiv 2408.15901): an expert's row of the router is a learned projection of its domain's embedding, which is given and fixed."""
+
+    type: Literal["nexus"] = "nexus"
+    embeddings: Annotated[str | None, Field(min_length=1)] = None
+    """A safetensors file with one tensor (num_experts, domain_dim): the embedding of each expert's domain, such as the mean over its data. It is
+    read for start weights that are drawn (also by upcycling); from then on the model has it."""
+    domain_dim: Positive
+    """m, the size of a domain's embedding."""
+    projection_dim: Positive | None = None
+    """h, the inner size of the projection; null: hidden_size."""
+    top_k: Positive = 1
+    balance_coef: NonNegativeFloat = 0.05
+    """Coefficient of the load-balancing loss E * sum_e f_e P_e over the micro-batch on all ranks (the paper's factor)."""
+    init_std: PositiveFloat = 0.1
+    """Of the projection's matrices. Logits are a product of three of them: the usual 0.02 would leave them near 0."""
+
+    ROW_PER_EXPERT: ClassVar[bool] = False
+    TRAINING: ClassVar[frozenset[str]] = RouterOptions.TRAINING | {"embeddings", "balance_coef"}
+
+    def problems(self, num_experts: int) -> list[str]:
+        return [f".top_k ({self.top_k}) is more than num_experts ({num_experts})"] if self.top_k > num_experts else []
+
+    def coefficients(self) -> dict[str, float]:
+        return {"balance": self.balance_coef}
+
+    def num_params(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
+        # A token is multiplied with the projected embeddings (num_experts, hidden_size), which are no parameters; the projection itself is
+        # computed once for all tokens. So the first number is that of a token's work, and the second makes the sum right.
+        inner, work = self.projection_dim or hidden_size, num_experts * hidden_size
+        return work, 2 * inner * self.domain_dim + hidden_size * inner + num_experts * self.domain_dim - work
+
+    def default_active(self, num_experts: int) -> float:
+        return self.top_k
+
+
+class HashRouter(RouterOptions):
+    """Hash layers (arXiv 2106.04426): a token's experts follow from its id, by a table that never changes."""
+
+    type: Literal["hash"] = "hash"
+    num_hashes: Positive = 1
+    """k, experts of each token id; each has weight 1 / k."""
+    frequencies: Annotated[str | None, Field(min_length=1)] = None
+    """A JSON file with a list of how often each token id occurs (`moetrain prepare` writes PREFIX.counts.json with prepare.counts: true). Ids
+    are shared out so that every expert has about equally many tokens; null: at random. It is read for start weights that are drawn; from then
+    on the model has the table."""
+    seed: Seed = 0
+    """Of the random table, and of the order of equally frequent ids. Every layer has a table of its own."""
+
+    ROW_PER_EXPERT: ClassVar[bool] = False
+    TRAINING: ClassVar[frozenset[str]] = RouterOptions.TRAINING | {"frequencies", "seed"}
+
+    def problems(self, num_experts: int) -> list[str]:
+        return [f".num_hashes ({self.num_hashes}) is more than num_experts ({num_experts})"] if self.num_hashes > num_experts else []
+
+    def num_params(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
+        return 0, 0
+
+    def numbers_per_token_id(self) -> int:
+        return self.num_hashes
+
+    def default_active(self, num_experts: int) -> float:
+        return self.num_hashes

@@ -56,6 +56,11 @@ def check(config: Config) -> list[str]:
     for ending in (config.prepare.extensions if config.prepare is not None else None) or []:
         if not ending.startswith("."):
             bad.append(f"prepare.extensions: {ending!r} would match every name that ends so; write .{ending}")
+    if model is not None and model.moe is not None and data.train:
+        known = {s.name for s in data.train}
+        for name in model.moe.router.tag_names():
+            if name not in known:
+                bad.append(f"model.moe.router: {name!r} is no source in data.train; its names are {', '.join(sorted(known))}")
     if config.upcycle is not None:
         _check_upcycle(config.upcycle, bad)
     return bad
@@ -198,6 +203,8 @@ def _check_upcycle(upcycle: UpcycleConfig, bad: list[str]) -> None:
         bad += [f"upcycle.router{problem}" for problem in router.problems(experts)]
     if isinstance(router, TopKRouter) and method == "virtual_groups" and router.top_k % upcycle.granularity:
         bad.append(f"upcycle.router.top_k ({router.top_k}) must be a multiple of upcycle.granularity ({upcycle.granularity}): whole groups route")
+    if method == "virtual_groups" and not router.ROW_PER_EXPERT:
+        bad.append(f"upcycle.router.type ({router.type}) can't route virtual groups: experts share a row of the router; use topk or sigmoid_ste")
     if isinstance(router, SigmoidSteRouter) and router.input == "residual" and upcycle.scales_weights:
         bad.append("upcycle.weight_scaling: with router.input: residual the size of what the gates see is not known; set weight_scaling: false")
 

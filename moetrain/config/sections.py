@@ -56,6 +56,8 @@ class PrepareConfig(Section):
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of documents (by hash) set apart as PREFIX_valid; the rest is then PREFIX_train."""
     max_documents: Positive | None = None
+    counts: bool = False
+    """Also write PREFIX.counts.json, how often each token id occurs, for `model.moe.router.frequencies`."""
     strict: bool = False
     """End at the first broken line instead of counting it."""
     seed: Seed = 0

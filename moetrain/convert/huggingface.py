@@ -28,6 +28,8 @@ from moetrain.model import Transformer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
+EXACT = ("router.selection_bias", "router.cut", "router.updates", "router.domains", "router.table")
+"""Ends of the names of parameters that are never stored in less than float32: steps of 0.001, or numbers of experts, are lost in bfloat16."""
 _STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 _MODELING = Path(__file__).parent / "hf" / "modeling_moetrain.py"
 
@@ -819,8 +821,8 @@ def _write_weights(
         if scale != 1.0 and ".ffn.experts." in name and name.endswith(".down"):
             tensor = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * scale).to(tensor.dtype)
         wanted = dtype or tensor.dtype
-        if name.endswith(("router.selection_bias", "router.cut")):
-            wanted = torch.promote_types(wanted, torch.float32)  # a step of 0.001 is lost in bfloat16
+        if name.endswith(EXACT):
+            wanted = torch.promote_types(wanted, torch.float32)
         tensor = tensor.to("cpu", wanted).contiguous()
         if stored_dtype is None and name == "embed.weight":
             stored_dtype = tensor.dtype

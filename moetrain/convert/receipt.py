@@ -103,16 +103,17 @@ def compare(reference: str | Path, before: ModelConfig, result: str | Path, afte
     old.start(tokens)
     new.start(tokens)
     layers = []
+    context = TokenContext(tokens=tokens.flatten())
     active: tuple[list[float], list[float]] = ([], [])
     for i in range(before.num_layers):
         a, b = old.block(i), new.block(i)
         # The new FFN on the old one's input: the layer by itself, without what earlier layers did.
         stream = old.x + a.attn(a.attn_norm(old.x), old.layout)
         normed = a.ffn_norm(stream).flatten(0, 1)
-        y, old_report = a.ffn(normed, TokenContext(), stream.flatten(0, 1))
-        other, _ = b.ffn(normed, TokenContext(), stream.flatten(0, 1))
+        y, old_report = a.ffn(normed, context, stream.flatten(0, 1))
+        other, _ = b.ffn(normed, context, stream.flatten(0, 1))
         old.x = stream + y.view_as(stream)
-        new.x, report = b(new.x, new.layout, TokenContext())
+        new.x, report = b(new.x, new.layout, context)
         row = {"ffn": _difference(other, y), "hidden": _difference(new.x, old.x)}
         for means, stats in zip(active, (old_report.stats, report.stats)):
             if stats:

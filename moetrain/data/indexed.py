@@ -266,6 +266,21 @@ def read_meta(prefix: str | Path) -> dict | None:
     return meta
 
 
+def write_counts(prefix: str | Path) -> Path:
+    """PREFIX.counts.json: a JSON list of how often each token id occurs in the data set. Returns its path."""
+    reader, vocab_size = IndexedReader(prefix), (read_meta(prefix) or {}).get("vocab_size", 0)
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for first in range(0, reader.num_tokens, CHUNK):
+        found = np.bincount(reader.tokens[first : first + CHUNK].astype(np.int64))
+        counts = np.pad(counts, (0, max(0, len(found) - len(counts))))
+        counts[: len(found)] += found
+    path = with_suffix(prefix, ".counts.json")
+    partial = with_suffix(prefix, ".counts.json.tmp")
+    partial.write_text(json.dumps(counts.tolist()), encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
 def _copy_bytes(source, target, count: int) -> None:
     while count:
         block = source.read(min(count, 1 << 22))

@@ -58,7 +58,8 @@ class TokenContext:
     group: ranks whose tokens belong to the same micro-batch (for statistics that a loss needs); None: this rank alone.
     sequence: tokens per sample, which lie one after the other; None: all of this call are one sample.
     counts: routes of the earlier micro-batches of this optimizer step; None: a micro-batch stands for itself.
-    tokens: (T,) int64, token ids. tags: (T,) int64, which kind of text a token is of: the number of its source in `data.train`; None: not known.
+    tokens: (T,) int64, token ids. tags: (T,) int64, which kind of text a token is of: the place of its source in the router's `tag_names`, or in
+    `data.train` where it has none; None, or -1 for a token: not known.
     previous: (T, ...) the scores of the MoE layer before this one, with gradient (`Routing.scores`); None: there is none.
     """
 

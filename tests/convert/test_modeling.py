@@ -6,15 +6,21 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import save_file
 
 from moetrain.config import (
+    BaseLayersRouter,
     BudgetRouter,
+    ExpertChoiceRouter,
     FinedeepConfig,
     GenerateConfig,
+    HashRouter,
+    LanguageFamilyRouter,
     LayerRange,
     MLAConfig,
     ModelConfig,
     MoEConfig,
+    NexusRouter,
     RopeScaling,
     SharedConfig,
     SigmoidSteRouter,
@@ -48,6 +54,12 @@ MODELS = {
     "cosine": dict(router=TopKRouter(top_k=2, gate="cosine", cosine_temperature=0.1, second="random")),
     "budget": dict(router=BudgetRouter(target_active=2.3, output_scale=1.7, normalize=False)),
     "budget_normalized": dict(router=BudgetRouter(target_active=2.3, output_scale=1.7, rank_by="logit")),
+    "base_layers": dict(router=BaseLayersRouter()),
+    "language_family": dict(router=LanguageFamilyRouter(languages={"en": 0, "de": 3})),
+    "nexus": dict(router=NexusRouter(domain_dim=6, top_k=2)),
+    "hash": dict(router=HashRouter(num_hashes=2)),
+    "expert_choice": dict(router=ExpertChoiceRouter()),
+    "expert_choice_sigmoid": dict(router=ExpertChoiceRouter(score="sigmoid", evaluation="choice")),
     "topk_odd_bias": dict(router=TopKRouter(top_k=2), o_bias=True),
     "qk_norm_tied_yarn": dict(router=SigmoidSteRouter(), qk_norm=True, tie_embeddings=True, rope_scaling=YARN),
     "biases_llama3": dict(router=SigmoidSteRouter(), qkv_bias=True, o_bias=True, rope_scaling=LLAMA3),
@@ -81,14 +93,19 @@ MODELS = {
 def make(name, folder, dtype=torch.float64):
     options = dict(MODELS[name])
     router, more = options.pop("router"), {"num_experts": options.pop("num_experts", 4), "expert_dim": 16, **options.pop("moe", {})}
+    if isinstance(router, NexusRouter):
+        path = folder.with_suffix(".safetensors")
+        save_file({"domains": torch.randn(more["num_experts"], router.domain_dim, generator=torch.Generator().manual_seed(5))}, path)
+        router = router.model_copy(update={"embeddings": str(path)})
     sizes = dict(vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=32, max_position_embeddings=64)
     config = ModelConfig(**{**sizes, "moe": None if router is None else MoEConfig(router=router, **more), **options})
     model = Transformer(config).to(dtype).eval()
     init_weights(model, 0)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator, dtype=dtype) * 0.25)
+        for key, p in model.named_parameters():
+            if not key.endswith("router.table"):
+                p.add_(torch.randn(p.shape, generator=generator, dtype=dtype) * 0.25)
         for block in model.layers:
             if router is not None and router.type == "budget":
                 block.ffn.router.cut.copy_(torch.tensor([0.12, 0.5]))  # a cut of 0.24

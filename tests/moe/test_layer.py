@@ -7,8 +7,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrain.config import ModelConfig, MoEConfig, SigmoidSteRouter, TopKRouter
+from moetrain.config import (
+    BaseLayersRouter,
+    ExpertChoiceRouter,
+    HashRouter,
+    LanguageFamilyRouter,
+    ModelConfig,
+    MoEConfig,
+    NexusRouter,
+    SigmoidSteRouter,
+    TopKRouter,
+)
 from moetrain.moe.layer import MoELayer
+from moetrain.moe.routers import start_value
 from moetrain.moe.routing import TokenContext
 from tests.reference import ReferenceMoE
 
@@ -30,6 +41,14 @@ ROUTERS = {
     "sigmoid": TopKRouter(top_k=2, score="sigmoid", output_scale=2.5, selection_bias=True, balance_over="sequence"),
     "sigmoid_plain": TopKRouter(top_k=3, score="sigmoid", normalize=False, num_groups=5, top_groups=4),
     "cosine": TopKRouter(top_k=2, gate="cosine", capacity_factor=0.6, drop="probability"),
+    "base_layers": BaseLayersRouter(),
+    "expert_choice": ExpertChoiceRouter(capacity_factor=1.3),
+    "expert_choice_batch": ExpertChoiceRouter(over="micro_batch", score="sigmoid", evaluation="choice"),
+    "language_family": LanguageFamilyRouter(languages={"xx": 4, "aa": 0, "mm": 1}),
+    "hash": HashRouter(num_hashes=2),
+    "nexus": NexusRouter(domain_dim=4, projection_dim=6),
+    "language_all": LanguageFamilyRouter(top_k=1, languages={"xx": 2}),
+    "expert_threshold": ExpertChoiceRouter(training="threshold", warmup_steps=0, score="sigmoid"),
 }
 
 
@@ -47,7 +66,12 @@ def pair(config: ModelConfig, seed: int = 0, scale: float = 1.0, shift: float = 
     with torch.no_grad():
         for p in loop.parameters():
             p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * scale)
-        loop.router.weight[:, 0] += shift
+        if hasattr(loop.router, "updates"):
+            loop.router.updates.fill_(3)
+        if hasattr(loop.router, "table"):
+            loop.router.table.copy_(start_value(config, "layers.1.ffn.router.table", loop.router.table.shape))
+        if shift:
+            loop.router.weight[:, 0] += shift
     ours.load_state_dict(loop.state_dict())
     return ours, loop
 
@@ -85,11 +109,13 @@ def test_matches_the_loop(name):
     x, residual = torch.randn(2, 17, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     valid = torch.ones(17, dtype=torch.bool)
     valid[[3, 16]] = False
-    compare(ours, loop, x, TokenContext(keys=torch.arange(17) + 100, valid=valid, num_tokens=40.0), residual)
+    known = dict(tokens=torch.arange(17) % 11, tags=torch.zeros(17, dtype=torch.int64))  # of routers by token id and by source
+    compare(ours, loop, x, TokenContext(keys=torch.arange(17) + 100, valid=valid, num_tokens=40.0, **known), residual)
     x, residual = x[:15], residual[:15]
-    context = TokenContext(keys=torch.arange(15), valid=valid[:15], num_tokens=20.0, sequence=5)  # three sequences
+    known = {name: value[:15] for name, value in known.items()}
+    context = TokenContext(keys=torch.arange(15), valid=valid[:15], num_tokens=20.0, sequence=5, **known)  # three sequences
     compare(ours, loop, x, context, residual)
-    if isinstance(ROUTERS[name], TopKRouter):  # evaluation: nothing is drawn or dropped; the loop has no sigmoid_ste without probes
+    if not isinstance(ROUTERS[name], SigmoidSteRouter):  # evaluation: nothing is drawn or dropped; the loop has no sigmoid_ste without probes
         compare(ours.eval(), loop.eval(), x, context, residual)
 
 
@@ -125,7 +151,8 @@ def test_all_tokens_on_one_expert(name):
 def test_no_tokens(name):
     ours, _ = pair(model_config(ROUTERS[name]))
     x = torch.zeros(0, 8, dtype=torch.float64, requires_grad=True)
-    y, report = ours(x, TokenContext(keys=torch.zeros(0, dtype=torch.int64)), x)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    y, report = ours(x, TokenContext(keys=nothing, tokens=nothing, tags=nothing), x)
     (y.sum() + sum(report.losses.values())).backward()
     assert y.shape == (0, 8)
     assert all(p.grad is not None and not p.grad.any() for p in ours.parameters() if p.requires_grad)

@@ -1,8 +1,9 @@
 """Inference of models trained with moetrain that no stock architecture of transformers computes; needs torch and transformers alone.
 
 Routers are sigmoid_ste (independent gates, those above a threshold route: a token has any number of experts, none included) and topk (by
-softmax or sigmoid scores of a linear, two-layer or cosine gate, with a bias that only chooses, and groups of experts) and budget (probabilities
-above a cut route).
+softmax or sigmoid scores of a linear, two-layer or cosine gate, with a bias that only chooses, and groups of experts), budget (probabilities
+above a cut route), expert_choice (scores above an expert's cut route), base_layers (the best of independent gates), language_family (softmax
+top-k, not normalised), nexus (the same, its rows projected from domains' embeddings), hash (by a table of token ids).
 Attention has grouped heads, biases, q/k norms, sliding windows and rotary positions with linear, llama3 or yarn scaling, or latents
 (MLA). Beside the experts there may be a fixed FFN. The key `moetrain` of config.json holds every option.
 
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+ROUTERS = ("sigmoid_ste", "topk", "expert_choice", "base_layers", "language_family", "nexus", "hash")
 
 
 class MoetrainConfig(PretrainedConfig):
@@ -291,11 +294,26 @@ class Gate(nn.Module):
         self.output = nn.Parameter(torch.empty(num_experts, num_experts)) if self.kind == "mlp" else None
         self.selection_bias = nn.Parameter(torch.empty(num_experts)) if options.get("selection_bias") else None
         self.cut = nn.Parameter(torch.empty(2)) if options["type"] == "budget" else None
+        self.domains = self.table = None
+        if options["type"] == "hash":
+            self.table = nn.Parameter(torch.empty(options["vocab_size"], options["num_hashes"]))
+            self.weight = None
+        if options["type"] == "nexus":
+            inner = options.get("projection_dim") or dim
+            self.domains = nn.Parameter(torch.empty(num_experts, options["domain_dim"]))
+            self.weight = nn.Parameter(torch.empty(2 * inner, options["domain_dim"]))
+            self.output = nn.Parameter(torch.empty(dim, inner))
+        if options["type"] == "expert_choice":
+            # The cut of the scores, by expert; how many steps it was estimated in counts only for training on.
+            self.cut, self.updates = nn.Parameter(torch.empty(num_experts)), nn.Parameter(torch.empty(1))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (T, D). Returns (T, E), float32 or float64."""
         dtype = _wide(x)
         x, weight = x.to(dtype), self.weight.to(dtype)
+        if self.domains is not None:
+            gate, up = F.linear(self.domains.to(dtype), weight).chunk(2, -1)
+            return F.linear(x, F.linear(F.silu(gate) * up, self.output.to(dtype)))
         if self.kind == "cosine":
             return F.linear(F.normalize(x, dim=-1), F.normalize(weight, dim=-1)) / self.temperature
         hidden = F.linear(x, weight, None if self.bias is None else self.bias.to(dtype))
@@ -309,33 +327,33 @@ class MoE(nn.Module):
         super().__init__()
         D, moe = config["hidden_size"], config["moe"]
         self.options = moe["router"]
-        known = ("sigmoid_ste", "topk", "budget")
-        if self.options["type"] not in known:
-            raise ValueError(f"moe.router.type is {self.options['type']!r}; supported: {', '.join(known)}")
+        if self.options["type"] not in ROUTERS:
+            raise ValueError(f"moe.router.type is {self.options['type']!r}; supported: {', '.join(ROUTERS)}")
+        options = {"vocab_size": config["vocab_size"], **self.options}
         self.strata = moe["strata"]["sizes"] if moe.get("strata") else None
         E = moe["num_experts"]
         if self.strata is None:
-            self.gate = Gate(D, E, self.options)
+            self.gate = Gate(D, E, options)
         else:
             starts = [sum(self.strata[:i]) for i in range(len(self.strata))]
-            self.gate = nn.ModuleList(Gate(D, E - start, self.options) for start in starts)
+            self.gate = nn.ModuleList(Gate(D, E - start, options) for start in starts)
             self.norms = nn.ModuleList(RMSNorm(D, config["norm_eps"]) for _ in starts[1:] if moe["strata"]["norm"])
         sizes = moe["expert_dim"] if isinstance(moe["expert_dim"], list) else [moe["expert_dim"]] * moe["num_experts"]
         self.experts = nn.ModuleList(FeedForward(D, size) if size else nn.Identity() for size in sizes)
         self.idle = [e for e, size in enumerate(sizes) if not size]
         self.shared = Shared(D, moe["shared"]) if moe.get("shared") else None
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """x: (B, S, D), normed. residual: the stream before the norm. Returns (B, S, D)."""
+    def forward(self, x: Tensor, residual: Tensor, known: dict) -> Tensor:
+        """x: (B, S, D), normed. residual: the stream before the norm. known: of the tokens, see `route`. Returns (B, S, D)."""
         shape, x = x.shape, x.flatten(0, 1)
         if self.strata is None:
             seen = residual.flatten(0, 1) if self.options.get("input") == "residual" else x
-            y = self.compute(x, *self.route(self.gate, seen, shape[0]))
+            y = self.compute(x, *self.route(self.gate, seen, known))
         else:
-            y = self.pass_strata(x)
+            y = self.pass_strata(x, known)
         return (y if self.shared is None else self.shared(x, y)).view(shape)
 
-    def pass_strata(self, x: Tensor) -> Tensor:
+    def pass_strata(self, x: Tensor, known: dict) -> Tensor:
         """Stratified MoE: the best expert's stratum says where a token goes on, and a pass sees what came before it."""
         y, state = torch.zeros_like(x), torch.zeros(len(x), dtype=torch.int64, device=x.device)
         stratum = torch.tensor([i for i, size in enumerate(self.strata) for _ in range(size)], device=x.device)
@@ -343,7 +361,7 @@ class MoE(nn.Module):
             here = state == i
             seen = x + y if i else x
             seen = self.norms[i - 1](seen) if i and len(self.norms) else seen
-            weights, active = self.route(gate, seen, 1)
+            weights, active = self.route(gate, seen, known)
             first = len(stratum) - weights.shape[1]
             weights, active = F.pad(weights * here[:, None], (first, 0)), F.pad(active & here[:, None], (first, 0))
             y = y + self.compute(seen, weights, active)
@@ -361,11 +379,18 @@ class MoE(nn.Module):
             y.index_add_(0, tokens, self.experts[e](x[tokens]).to(y.dtype) * weights[tokens, e, None].to(y.dtype))
         return y.to(x.dtype)
 
-    def route(self, gate: Gate, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """x: (T, D), of so many rows of the batch. Returns weights (T, E), 0 where there is no route, and the routes (T, E) bool."""
+    def route(self, gate: Gate, x: Tensor, known: dict) -> tuple[Tensor, Tensor]:
+        """x: (T, D). known: `tokens`, (T,) ids or None; `rows`, of the batch. Returns weights (T, E), 0 where there is no route,
+        and the routes (T, E) bool."""
         options, dtype = self.options, _wide(x)
+        if options["type"] == "hash":
+            if known["tokens"] is None:
+                raise ValueError("moe.router.type is 'hash': experts follow from token ids; give input_ids, not inputs_embeds")
+            chosen = gate.table[known["tokens"]].long()
+            active = torch.zeros(x.shape[0], len(self.experts), dtype=torch.bool, device=x.device).scatter(-1, chosen, True)
+            return active.to(dtype) / options["num_hashes"], active
         logits = gate(x)
-        if options["type"] == "topk":
+        if options["type"] in ("topk", "language_family", "nexus"):
             sigmoid = options.get("score") == "sigmoid"
             scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
             ranking = scores if sigmoid else logits
@@ -376,9 +401,9 @@ class MoE(nn.Module):
             chosen = ranking.sort(dim=-1, descending=True, stable=True).indices[:, : options["top_k"]]
             active = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, chosen, True)
             weights = scores * active
-            if options["normalize"]:
+            if options.get("normalize", False):
                 weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
-            return weights * options["output_scale"], active
+            return weights * options.get("output_scale", 1.0), active
         if options["type"] == "budget":
             total, weight = gate.cut.double().unbind()
             weights = logits.softmax(-1)
@@ -386,7 +411,7 @@ class MoE(nn.Module):
             if weight > 0:
                 active = ranking > (total / weight).to(dtype)
             else:  # never trained: the best of each row, as many as the budget says
-                flat = ranking.view(rows, -1)
+                flat = ranking.view(known["rows"], -1)
                 budget = int(flat.shape[1] * min(1.0, options["target_active"] / logits.shape[-1]) + 0.5)
                 best = flat.sort(dim=-1, descending=True, stable=True).indices[:, :budget]
                 active = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, best, True).view_as(logits)
@@ -394,7 +419,15 @@ class MoE(nn.Module):
             if options["normalize"]:
                 weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
             return weights * options["output_scale"], active
+        if options["type"] == "expert_choice":
+            # What an expert chose among all tokens of a sequence it here takes by the estimated cut: later tokens are not known.
+            scores = logits.sigmoid() if options["score"] == "sigmoid" else logits.softmax(-1)
+            active = scores > gate.cut.to(dtype)
+            return scores * active, active
         gates = logits.sigmoid()
+        if options["type"] == "base_layers":
+            active = F.one_hot(logits.argmax(-1), logits.shape[-1]).bool()
+            return gates * active, active
         active = gates > options["threshold"]
         if options["zero_routes"] == "top1":
             largest = F.one_hot(gates.argmax(-1), gates.shape[-1]).bool()
@@ -437,10 +470,12 @@ class Layer(nn.Module):
         else:
             self.mlp = Finedeep(config) if config.get("finedeep") else FeedForward(D, config["intermediate_size"], config["mlp_bias"])
 
-    def forward(self, x: Tensor, *attention: Any) -> Tensor:
+    def forward(self, x: Tensor, known: dict, *attention: Any) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), *attention)
         normed = self.post_attention_layernorm(x)
-        return x + (self.mlp(normed) if isinstance(self.mlp, FeedForward) else self.mlp(normed, x))
+        if isinstance(self.mlp, MoE):
+            return x + self.mlp(normed, x, known)
+        return x + (self.mlp(normed, x) if isinstance(self.mlp, Finedeep) else self.mlp(normed))
 
 
 class Decoder(nn.Module):
@@ -456,7 +491,7 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _no_split_modules = ["Layer"]
-    _keep_in_fp32_modules_strict = ["selection_bias", "cut"]
+    _keep_in_fp32_modules_strict = ["selection_bias", "cut", "updates", "domains", "table"]
     _supports_sdpa = True
     # transformers 5 wants to know what is tied to what, 4 the names alone.
     _tied_weights_keys = (
@@ -536,8 +571,9 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
             else:
                 position_ids = torch.arange(start, start + S, device=x.device)[None]
         cos, sin = self._rope(position_ids[:, -S:], x)
+        known = {"tokens": None if input_ids is None else input_ids.flatten(), "rows": x.shape[0]}
         for layer in self.model.layers:
-            x = layer(x, cos, sin, start, attention_mask, past_key_values)
+            x = layer(x, known, cos, sin, start, attention_mask, past_key_values)
         x = self.model.norm(x)
         if isinstance(logits_to_keep, int):
             x = x[:, -logits_to_keep:] if logits_to_keep > 0 else x

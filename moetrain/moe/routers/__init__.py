@@ -6,16 +6,29 @@ to add one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from moetrain.config import ModelConfig
-from moetrain.moe.routers import budget, sigmoid_ste, topk
+from moetrain.moe.routers import base_layers, budget, expert_choice, hash, language_family, nexus, sigmoid_ste, topk
 from moetrain.moe.routers.base import MODULES, router_for
 
-__all__ = ["budget", "build_router", "changes_after_step", "router_for", "sigmoid_ste", "topk"]
+__all__ = [
+    "base_layers",
+    "budget",
+    "build_router",
+    "changes_after_step",
+    "expert_choice",
+    "hash",
+    "language_family",
+    "nexus",
+    "router_for",
+    "sigmoid_ste",
+    "start_value",
+    "topk",
+]
 
 
 def build_router(config: ModelConfig, layer: int) -> nn.Module:
@@ -26,6 +39,18 @@ def build_router(config: ModelConfig, layer: int) -> nn.Module:
     if kind not in MODULES:
         raise ValueError(f"model.moe.router.type ({router.type}) has options but no module: decorate one with @router_for({kind.__name__})")
     return MODULES[kind](config, layer)
+
+
+def start_value(config: ModelConfig, name: str, shape: Sequence[int]) -> Tensor | None:
+    """Start value, on the CPU, of a router's parameter, by its name in the model; None: drawn or constant like any other of its kind.
+
+    A router says it by a static method start_value(config, layer, part, shape), part the parameter's name in the router.
+    """
+    if config.moe is None or ".ffn.router." not in name:
+        return None
+    said = getattr(MODULES.get(type(config.moe.router)), "start_value", None)
+    _, layer, _, _, part = name.split(".", 4)
+    return None if said is None else said(config, int(layer), part, tuple(shape))
 
 
 def changes_after_step(model: nn.Module, loads: list[list[float]], sums: list[dict[str, list[float]]]) -> Iterator[tuple[str, Tensor]]:

@@ -20,7 +20,8 @@ def router_for(options: type[RouterOptions]) -> Callable[[_M], _M]:
     """Decorator: this module is the router of these options.
 
     It is made with (ModelConfig, layer: int) and called with (x: (T, D), context: TokenContext) for a `moetrain.moe.routing.Routing`. A method
-    `after_step(load, sums)`, where it has one, yields (name of a parameter without gradient, what to add to it) after each optimizer step.
+    `after_step(load, sums)`, where it has one, yields (name of a parameter without gradient, what to add to it) after each optimizer step. A
+    static method `start_value(config, layer, part, shape)`, where it has one, gives a parameter's start value, or None for the common rule.
     """
 
     def tie(module: _M) -> _M:
