@@ -210,6 +210,12 @@ class BudgetRouter(RouterOptions):
     def default_active(self, num_experts: int) -> float:
         return self.target_active
 
+    def caution(self) -> str | None:
+        return (
+            "budget is not causal in training: how many experts a token gets depends on the tokens after it in its sequence; evaluation and "
+            "generation use the mean cut of past steps, which looks at no other token"
+        )
+
 
 class TopKRouter(RouterOptions):
     """The k experts of the largest scores route: Switch, GShard, LLaMA-MoE, Mixtral, DeepSeek-V3 (the recipes in configs/ set them up)."""

@@ -158,7 +158,7 @@ UPCYCLE_OPTIONS: dict[str, tuple[str, ...]] = {
     "noise": ("copy",),
     "drop_ratio": ("drop",),
     "drop_shared": ("drop",),
-    "weight_scaling": ("dsmoe", *_COPIES, "btx"),
+    "weight_scaling": ("slices", "dsmoe", *_COPIES, "btx"),
     "models": ("btx", "aggregate"),
     "merge": ("btx", "aggregate"),
     "merge_density": ("btx",),
@@ -209,8 +209,9 @@ class UpcycleConfig(Section):
     drop_shared: bool = True
     """`drop` only: gate, up and down lose the same neurons (the paper), or each its own (the paper's script)."""
     weight_scaling: bool | None = None
-    """Scale the experts so that the mixture starts as the dense model (docs/upcycling.md). null: on for the copies, `virtual_groups` and `btx`,
-    off for `dsmoe`. Not for `llama_moe`, whose router has output_scale."""
+    """Scale the experts so that the mixture starts as the dense model, or with `slices` so that an active slice weighs 1 in the mean
+    (docs/upcycling.md). null: on for the copies, `virtual_groups`, `btx`, and for `slices` where the router has no output_scale; off for `dsmoe`. Not
+    for `llama_moe`, whose router has output_scale."""
     models: list[Name] = []
     """`btx`: the dense models that become experts; `aggregate`: the mixtures beside `dense`."""
     merge: Literal["average", "base", "ties", "dare"] = "average"
@@ -232,7 +233,11 @@ class UpcycleConfig(Section):
         """`weight_scaling`, with the method's own choice for null."""
         if self.method not in UPCYCLE_OPTIONS["weight_scaling"]:
             return False
-        return self.method != "dsmoe" if self.weight_scaling is None else self.weight_scaling
+        if self.weight_scaling is not None:
+            return self.weight_scaling
+        if self.method == "slices":
+            return self.router is not None and "output_scale" not in type(self.router).model_fields
+        return self.method != "dsmoe"
 
     @property
     def needs_calibration(self) -> bool:

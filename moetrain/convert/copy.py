@@ -12,8 +12,11 @@ import math
 import torch
 from torch import Tensor
 
-from moetrain.config import Router, SigmoidSteRouter, TopKRouter
+from moetrain.config import ModelConfig, Router, SigmoidSteRouter, TopKRouter
 from moetrain.convert.split import split_ffn
+from moetrain.model import initial_tensor
+from moetrain.moe.routers import build_router
+from moetrain.moe.routing import TokenContext
 
 
 def copy_ffn(gate: Tensor, up: Tensor, down: Tensor, num_experts: int, noise: float, draws: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -107,6 +110,27 @@ def step_0_factor(router: Router, num_copies: int, granularity: int, norm_weight
             f"{router.threshold}; raise one of them, lower the threshold, or set weight_scaling: false"
         )
     return 1 / (num_copies * mean * (1.0 if router.rescale == "count" else open_share))
+
+
+@torch.no_grad()
+def slice_factor(target: ModelConfig, prefix: str, shapes: dict[str, tuple[int, ...]], norm_weight: Tensor, seed: int) -> float:
+    """Factor of the slices' outputs with which an active slice weighs 1 in the mean, as all do in the dense FFN: 1 / the mean weight of a route.
+
+    Measured, since routers differ in what their weights mean: the router's start weights on normal inputs as large as the norm's output is,
+    4 sequences of 256 tokens. prefix: of the layer's parameters, `layers.N.ffn`. shapes: of the target's parameters. norm_weight: (D,).
+    """
+    router = build_router(target, int(prefix.split(".")[1])).double().eval()
+    for name, parameter in router.named_parameters():
+        whole = f"{prefix}.router.{name}"
+        parameter.copy_(initial_tensor(whole, shapes[whole], target, seed))
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1024, target.hidden_size, generator=generator, dtype=torch.float64) * norm_weight.double()
+    ids = torch.randint(0, target.vocab_size, (1024,), generator=generator)
+    routing = router(x, TokenContext(keys=torch.arange(1024), sequence=256, tokens=ids, tags=torch.zeros_like(ids)))
+    weights = routing.weights[routing.decision.active]
+    if not weights.numel() or not weights.mean() > 1e-9:
+        raise ValueError(f"upcycle.weight_scaling: at the start router {target.moe.router.type} gives no expert a weight; set weight_scaling: false")
+    return 1 / weights.mean().item()
 
 
 def open_gates(bias: float, std: float, threshold: float) -> tuple[float, float]:

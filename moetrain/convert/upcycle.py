@@ -19,7 +19,7 @@ from moetrain.config.model import SharedConfig, layer_problems
 from moetrain.config.sections import SPLITS
 from moetrain.convert.calibrate import Calibration, calibrate, remaining
 from moetrain.convert.collapse import collapse, dense_config
-from moetrain.convert.copy import copy_ffn, drop_ffn, group_rows, scale_experts, step_0_factor, virtual_groups
+from moetrain.convert.copy import copy_ffn, drop_ffn, group_rows, scale_experts, slice_factor, step_0_factor, virtual_groups
 from moetrain.convert.huggingface import architecture, check_output, config_differences, parameter_shapes, read_config, read_tensors, write_model
 from moetrain.convert.merge import aggregate, merge
 from moetrain.convert.receipt import Receipt, compare
@@ -255,8 +255,11 @@ def _layer(
     assert moe is not None, "made by target_config"
     slices = config.granularity if config.method == "virtual_groups" else 1
     if config.scales_weights:
-        copies = 1 if config.method == "dsmoe" else moe.num_experts // slices
-        factor = step_0_factor(moe.router, copies, slices, norm)
+        if config.method == "slices":
+            factor = slice_factor(target, prefix, shapes, norm, config.seed)
+        else:
+            copies = 1 if config.method == "dsmoe" else moe.num_experts // slices
+            factor = step_0_factor(moe.router, copies, slices, norm)
         # Near 1 it is rounding: plain copies stay bit-equal.
         if abs(factor - 1) > 1e-12:
             scale_experts(gate_up, down, factor)

@@ -125,6 +125,24 @@ def test_slices_by_default_with_a_budget_and_with_any_router(tmp_path):
     assert report.config.moe.router == TopKRouter(top_k=2, output_scale=3.0)
 
 
+def test_slices_weigh_one_where_the_router_has_no_scale(tmp_path):
+    """The factor is in up and down alike; with it, active slices add up to what they add up to in the dense FFN."""
+    save_stock("llama", tmp_path / "dense")
+    tensors = {}
+    for scaled in (True, False):
+        router = SigmoidSteRouter(rescale="none", init_std=0.2)
+        options = dict(dense=str(tmp_path / "dense"), router=router, weight_scaling=None if scaled else False, receipt=False)
+        folder = tmp_path / f"scaled{scaled}"
+        upcycle(UpcycleConfig(output=str(folder), **options))
+        tensors[scaled] = dict(read_tensors(folder, read_config(folder)))
+    name = "layers.1.ffn.experts"
+    factor = (tensors[True][f"{name}.down"] / tensors[False][f"{name}.down"]).median().item() ** 2
+    up = (tensors[True][f"{name}.gate_up"] / tensors[False][f"{name}.gate_up"])[:, -6:].median().item() ** 2
+    # The mean of sigmoid(z) above 0.5, z normal with standard deviation 0.2 |norm weight|.
+    z = 0.2 * tensors[True]["layers.1.ffn_norm.weight"].double().norm() * torch.randn(200_000, dtype=torch.float64)
+    assert factor == pytest.approx(1 / torch.sigmoid(z[z > 0]).mean().item(), rel=0.03) and up == pytest.approx(factor, rel=1e-3)
+
+
 def test_a_budget_of_all_slices_starts_as_the_dense_model(tmp_path):
     """With a router of about zero every slice weighs 1."""
     stock = save_stock("llama", tmp_path / "dense")
