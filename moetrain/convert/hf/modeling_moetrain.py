@@ -21,7 +21,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-ROUTERS = ("sigmoid_ste", "topk", "expert_choice", "base_layers", "language_family", "nexus", "hash")
+ROUTERS = ("sigmoid_ste", "topk", "budget", "expert_choice", "base_layers", "language_family", "nexus", "hash")
 
 
 class MoetrainConfig(PretrainedConfig):
