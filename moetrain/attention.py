@@ -136,7 +136,7 @@ def make_layout(
     """Layout of one batch.
 
     cos, sin: (B, S, 1, C). document_ids: (B, S) int32 or None (one document per row). windows: those that the layers have. backend: null
-    chooses. head_dim: of queries and keys; null: C, all of it rotated.
+    chooses. head_dim: the larger of keys' and values'; null: C, all of it rotated.
     """
     B, S, _, C = cos.shape
     windows = {None if w is None or w >= S else w for w in windows}
@@ -167,14 +167,16 @@ def make_layout(
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None, scale: float | None = None) -> Tensor:
     """softmax(scale q k^T) v over the keys of the same document at the same position or before, at most `window` of them.
 
-    q: (B, S, H, C); k: (B, S, K, C), v: (B, S, K, C') with K dividing H and C' at most C. scale: None: 1 / sqrt(C). Returns (B, S, H, C').
+    q: (B, S, H, C); k: (B, S, K, C), v: (B, S, K, C') with K dividing H. scale: None: 1 / sqrt(C). Returns (B, S, H, C').
     """
     B, S, H, C = q.shape
     if layout.backend == "flash":
-        # flash-attn has one head dim for all three.
-        padded = F.pad(v, (0, C - v.shape[-1]))
-        out = _flash(q.flatten(0, 1), k.flatten(0, 1), padded.flatten(0, 1), layout, window, scale)
-        return out.view(B, S, H, C)[..., : v.shape[-1]]
+        # flash-attn has one head dim for all three; zeros add nothing to a product.
+        width, values = max(C, v.shape[-1]), v.shape[-1]
+        if values != C:
+            q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+            scale = C**-0.5 if scale is None else scale
+        return _flash(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), layout, window, scale).view(B, S, H, width)[..., :values]
     if layout.backend == "flex":
         assert layout.block_masks is not None, "made by make_layout"
         mask = layout.block_masks[None if window is None or window >= S else window]
@@ -185,7 +187,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None, 
         return _sdpa(q, k, v, layout, window, scale)
     # `split` and not slices: its backward is one concatenation instead of one full-size zero tensor per document.
     parts = zip(*(x.flatten(0, 1).split(layout.lengths) for x in (q, k, v)), strict=True)
-    return torch.cat([_sdpa(a[None], b[None], c[None], layout, window, scale)[0] for a, b, c in parts]).view(B, S, H, -1)
+    return torch.cat([_sdpa(a[None], b[None], c[None], layout, window, scale)[0] for a, b, c in parts]).view(B, S, H, v.shape[-1])
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None, scale: float | None) -> Tensor:

@@ -148,7 +148,7 @@ class Transformer(nn.Module):
         cos, sin = rope_tables(self.rope_frequencies.to(x.device), self.rope_scale, positions, x.dtype)
         layout = Layout(cos, sin, "sdpa")
         if cache is None:
-            layout = make_layout(cos, sin, document_ids, self.windows, x.dtype, head_dim=self.config.head_size)
+            layout = make_layout(cos, sin, document_ids, self.windows, x.dtype, head_dim=max(self.config.head_size, self.config.value_size))
         context = TokenContext() if context is None else context
         context = dataclasses.replace(context, tokens=tokens.flatten(), sequence=S if context.sequence is None else context.sequence)
         reports = []

@@ -284,3 +284,20 @@ def test_flex_takes_values_of_another_size():
         layout = make_layout(*tables(2, 11, 8), DOCUMENTS[:2], {None}, torch.float64, backend)
         found.append(attend(q, k, v, layout, None, 0.3))
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("values", [5, 8, 11])
+def test_flash_gets_one_head_dim(values, monkeypatch):
+    """Keys and values of different sizes are padded with zeros, which change nothing; flash-attn itself is stood in for."""
+    q, k, _ = random_qkv(1, 9, 2, 2, 8)
+    v = torch.randn(1, 9, 2, values, dtype=torch.float64)
+    plain = make_layout(*tables(1, 9, 8), None, {None}, torch.float64, "sdpa")
+
+    def flash(q, k, v, layout, window, scale):
+        assert q.shape == k.shape == v.shape == (9, 2, max(8, values))
+        return attend(q[None], k[None], v[None], plain, window, scale)[0]
+
+    monkeypatch.setattr(attention, "_flash", flash)
+    layout = make_layout(*tables(1, 9, 8), None, {None}, torch.float64, "flash")
+    for scale in (None, 0.3):
+        torch.testing.assert_close(attend(q, k, v, layout, None, scale), attend(q, k, v, plain, None, scale), rtol=1e-12, atol=1e-12)

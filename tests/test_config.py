@@ -523,7 +523,7 @@ def test_every_rule_has_a_case() -> None:
     rules = 0
     for file in ("rules.py", "routers.py"):
         for function in ast.walk(ast.parse((Path(schema.__file__).parent / file).read_text(encoding="utf-8"))):
-            if not isinstance(function, ast.FunctionDef) or function.name not in ("check", "check_world", "problems", "_check_model", "_check_upcycle"):
+            if not isinstance(function, ast.FunctionDef) or function.name not in ("check", "check_world", "problems", "_check_model", "_check_upcycle", "_check_mla", "_check_strata"):
                 continue
             for call in ast.walk(function):
                 if isinstance(call, ast.Call) and ast.unparse(call.func) in ("bad.append", "ConfigError"):

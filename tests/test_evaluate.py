@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from moetrain.config import Config, ParallelConfig
 from moetrain.data.dataset import IGNORE, EvalSet
-from moetrain.evaluate import evaluate
+from moetrain.evaluate import cost, evaluate
 from moetrain.model import Transformer, init_weights
+from moetrain.moe.routing import TokenContext
 from moetrain.train import Trainer
 from tests.distributed import run
 from tests.test_train import make_config, write_data
@@ -64,3 +65,26 @@ def test_equals_a_plain_loop_on_any_number_of_ranks(data, tmp_path):
             routes = routes or result["active"]
             assert result["active"] == routes
     assert isinstance(config.parallel, ParallelConfig) and 0 < routes < 8
+
+
+def test_cost_goes_by_the_sizes_that_tokens_use(data, tmp_path):
+    """Experts of different sizes, some without neurons, in one layer of two: parameters and FLOPs are those of the routes that were taken."""
+    moe = {"num_experts": 4, "expert_dim": [6, 0, 2, 6], "router": {"type": "topk", "top_k": 1, "init_std": 0.7}, "layers": [1]}
+    config = make_config(data, run_dir=str(tmp_path / "run"), model__moe=moe)
+    result = on_ranks(config, str(data / "c"))
+    model = Transformer(config.model).double()
+    init_weights(model, config.train.seed)
+    model.eval()
+    dataset, width, tokens = EvalSet("held out", data / "c", config.data.seq_len), 0.0, 0
+    for i in range(len(dataset)):
+        sample = dataset[i]
+        valid = torch.from_numpy(sample.labels != IGNORE)
+        inputs = {k: torch.from_numpy(np.array(getattr(sample, k)))[None] for k in ("tokens", "positions", "document_ids")}
+        load = model(**inputs, context=TokenContext(valid=valid)).reports[1].stats["load"].tolist()
+        width, tokens = width + load[0] * 6 + load[2] * 2 + load[3] * 6, tokens + int(valid.sum())
+    assert result["active"] == 1.0 and len(result["active_by_layer"]) == 1
+    found = cost(config.model, result["mean_sized"], 12)
+    least = cost(config.model, 0.0, 12)
+    assert 0.5 < width / tokens < 6
+    assert found["active_params"] - least["active_params"] == pytest.approx(3 * 8 * width / tokens, rel=1e-9)
+    assert found["flops_per_token"] - least["flops_per_token"] == pytest.approx(2 * 3 * 8 * width / tokens, rel=1e-9)

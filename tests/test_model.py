@@ -10,8 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from moetrain import model as model_module
 from moetrain.attention import KVCache
-from moetrain.config import ModelConfig, MoEConfig, RopeScaling, SigmoidSteRouter, TopKRouter
+from moetrain.config import LayerRange, ModelConfig, MoEConfig, RopeScaling, SigmoidSteRouter, TopKRouter
 from moetrain.model import Transformer, cross_entropy, init_weights, initial_tensor
+from moetrain.moe.losses import coefficients
 from moetrain.moe.routing import TokenContext
 
 VOCAB = 61
@@ -215,3 +216,17 @@ def test_built_on_meta_and_filled_later():
     same, tokens = make("sigmoid", dtype=torch.float32), random_tokens(1, 8)
     assert torch.equal(filled(tokens).logits, same(tokens).logits)
     assert Transformer(make().config)(tokens).logits.isnan().all()
+
+
+def test_losses_and_reports_are_of_the_sparse_layers():
+    """DSMoE's sparsity loss (Eq. 19) is a mean over the layers that have gates: with every gate at 1 it is 1, however many layers are dense."""
+    for layers in (None, [1], {"first": 1, "every": 2}):
+        choice = LayerRange(**layers) if isinstance(layers, dict) else layers
+        moe = MoEConfig(num_experts=4, expert_dim=8, router=SigmoidSteRouter(bias=True, bias_init=60.0), layers=choice)
+        config = ModelConfig(vocab_size=31, hidden_size=16, num_layers=4, num_heads=2, intermediate_size=24, moe=moe)
+        model, tokens = Transformer(config).double(), torch.arange(12)[None]
+        init_weights(model, 0)
+        reports = model(tokens, labels=tokens, context=TokenContext(num_tokens=12.0)).reports
+        assert [bool(r.stats) for r in reports] == [i in config.moe_layers for i in range(4)]
+        assert abs(float(sum(r.losses["sparsity"] for r in reports if r.losses)) - 1) < 1e-9
+        assert coefficients(config, None) == {"sparsity": [1.0] * len(config.moe_layers)}

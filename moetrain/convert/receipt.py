@@ -153,7 +153,8 @@ class _Streamed:
         frequencies, scale = rope_frequencies(self.config)
         cos, sin = rope_tables(frequencies, scale, torch.arange(tokens.shape[1])[None], self.x.dtype)
         windows = {layer_window(self.config, i) for i in range(self.config.num_layers)}
-        self.layout = make_layout(cos, sin, None, windows, self.x.dtype, head_dim=self.config.head_size)
+        head_dim = max(self.config.head_size, self.config.value_size)
+        self.layout = make_layout(cos, sin, None, windows, self.x.dtype, head_dim=head_dim)
 
     def block(self, layer: int) -> Block:
         with torch.device("meta"):

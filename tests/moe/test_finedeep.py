@@ -63,5 +63,5 @@ def test_as_many_parameters_as_the_dense_model_but_for_gates_and_norms():
     assert all((p == 1).all() for name, p in model.named_parameters() if ".norms." in name)
     named = dict(model.named_parameters())
     # 2 layers of 1 + 3 summands each.
-    assert named["layers.1.ffn.sublayers.2.down"].std() == pytest.approx(0.02 / 8**0.5, rel=0.2)
-    assert named["layers.1.ffn.sublayers.2.gate_up"].std() == pytest.approx(0.02, rel=0.2)
+    assert named["layers.1.ffn.sublayers.2.down"].std().item() == pytest.approx(0.02 / 8**0.5, rel=0.2)
+    assert named["layers.1.ffn.sublayers.2.gate_up"].std().item() == pytest.approx(0.02, rel=0.2)

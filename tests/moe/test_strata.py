@@ -128,19 +128,23 @@ def test_padding_and_no_tokens():
 
 
 def test_computed_again_it_repeats_its_way():
-    """Under checkpointing the strata of the first forward are replayed, though the weights have changed meanwhile."""
-    layer = make("top1")
+    """Under checkpointing the routes and the ways of the first forward are replayed, though the weights have changed meanwhile."""
+    layer = make("top2_norm")
     x = torch.randn(30, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    routes, compute = [], layer.compute
+    routes, here, compute = [], [], layer.compute
 
     def noted(x, routing):
         routes.append(routing.decision.active)
         return compute(x, routing)
 
     layer.compute = noted
+    for router in layer.router:
+        router.register_forward_pre_hook(lambda _, inputs: here.append(inputs[1].valid))
     y = checkpoint(lambda x: layer(x, TokenContext(), x)[0], x, use_reentrant=False, context_fn=replay_contexts, preserve_rng_state=False)
     with torch.no_grad():
         for router in layer.router:
             router.weight.neg_()
     y.sum().backward()
-    assert len(routes) == 4 and routes[1].any() and torch.equal(routes[0], routes[2]) and torch.equal(routes[1], routes[3])
+    assert len(routes) == len(here) == 6
+    for i in range(3):
+        assert here[i].any() and torch.equal(here[i], here[i + 3]) and torch.equal(routes[i], routes[i + 3])
