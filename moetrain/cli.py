@@ -5,6 +5,7 @@ Exit status: 0; 1 for a run that failed; 2 for wrong input, with a line that say
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import sys
@@ -332,6 +333,7 @@ def _export(config: Config) -> None:
     import torch
 
     from moetrain.build import find_trained, need
+    from moetrain.convert.extract import task_config, task_tensors
     from moetrain.convert.huggingface import architecture, write_model
     from moetrain.data.tokenizer import load_tokenizer
 
@@ -339,6 +341,9 @@ def _export(config: Config) -> None:
     options = config.export
     assert options is not None
     trained = find_trained(config)
+    if options.task is not None:
+        dense = task_config(trained.config, options.task)
+        trained = dataclasses.replace(trained, config=dense, tensors=task_tensors(trained.config, trained.tensors, options.task))
     tokenizer = None if trained.tokenizer is None else load_tokenizer(trained.tokenizer)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     files = write_model(options.output, trained.config, trained.tensors, dtype=dtype, max_shard_bytes=options.max_shard_bytes, tokenizer=tokenizer)

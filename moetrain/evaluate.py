@@ -18,7 +18,7 @@ from rich.table import Table
 from moetrain.build import DTYPES, find_trained, load_trained
 from moetrain.config import Config, ConfigError, ModelConfig, ParallelConfig, TrainConfig, check_world
 from moetrain.data.dataset import BatchIterator, EvalSet
-from moetrain.microbatch import Sums, forward
+from moetrain.microbatch import Sums, forward, source_tags
 from moetrain.model import Transformer
 from moetrain.parallel.mesh import build_meshes, start_processes
 
@@ -33,11 +33,13 @@ def evaluate(
     isolate_documents: bool,
     device: torch.device,
     group: dist.ProcessGroup | None,
+    tasks: Mapping[str, str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """By set: loss (nats per predicted token), perplexity, tokens; of a mixture, active (mean experts per token) and active_by_layer (of each
     MoE layer); where experts differ in size, mean_sized, how many of the mean size cost as much.
 
-    batch_size: sequences per rank and forward pass. Collective over `group`; every rank gets the same answer. The model is left in evaluation
+    batch_size: sequences per rank and forward pass. tasks: set -> the source whose tag its tokens have; a set that is not there has that of its
+    own name. Collective over `group`; every rank gets the same answer. The model is left in evaluation
     mode.
     """
     model.eval()
@@ -45,13 +47,14 @@ def evaluate(
     results: dict[str, dict[str, Any]] = {}
     for name, dataset in sets.items():
         sums = Sums([], 1, device)
+        tags = source_tags(model.config, [(tasks or {}).get(name, name)], device)
         with BatchIterator(
             dataset, global_batch_size=batch_size * world, micro_batch_size=batch_size, dp_rank=rank, dp_world=world, prefetch=0
         ) as batches:
             while batches.state()["consumed_samples"] < len(dataset):
                 for batch in next(batches):
                     batch = {k: v.to(device) for k, v in batch.items()}
-                    sums.add(forward(model, batch, dtype, isolate_documents), batch)
+                    sums.add(forward(model, batch, dtype, isolate_documents, tags=tags), batch)
         totals = sums.reduce(group)
         tokens = totals.sources[0]["tokens"]
         loss = totals.lm / max(1, tokens)
@@ -99,7 +102,7 @@ def run(config: Config) -> None:
     began = time.perf_counter()
     results = evaluate(
         model, sets, batch_size=config.eval.batch_size, dtype=DTYPES[train.dtype], isolate_documents=data.isolate_documents, device=device,
-        group=dist.group.WORLD if world > 1 else None,
+        group=dist.group.WORLD if world > 1 else None, tasks=data.eval_tasks,
     )  # fmt: skip
     seconds = time.perf_counter() - began
     for result in results.values():

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from moetrain.attention import KVCache
-from moetrain.config import GenerateConfig
+from moetrain.config import GenerateConfig, ModelConfig, TaskRouter
 from moetrain.model import Transformer
+from moetrain.moe.routing import TokenContext
 
 
 @torch.no_grad()
@@ -18,9 +19,11 @@ def generate(
 
     tokens: (B, S) int64, prompts of one length, S >= 1. eos_id: a row ends with it and is filled up with it; None: only the length ends it.
     dtype: of the activations; None: that of the embedding. Returns (B, S + N) int64 with N <= config.max_new_tokens. Random draws come from
-    `config.seed` alone. ValueError if the prompt is empty, or longer with the new tokens than the model's positions.
+    `config.seed` alone. ValueError if the prompt is empty, or longer with the new tokens than the model's positions, or `config.task` is needed
+    and missing or no task of the model.
     """
     B, S = tokens.shape
+    tag = task_tag(model.config, config.task)
     limit = model.config.max_position_embeddings
     if S == 0:
         raise ValueError("generate: the prompt has no token; give a prompt, or a tokenizer with a bos token")
@@ -38,7 +41,8 @@ def generate(
         ended = torch.zeros(B, dtype=torch.bool, device=tokens.device)
         fresh = tokens
         for _ in range(config.max_new_tokens):
-            logits = model(fresh, cache=cache, dtype=dtype).logits[:, -1]
+            context = None if tag is None else TokenContext(tags=torch.full((fresh.numel(),), tag, device=tokens.device))
+            logits = model(fresh, cache=cache, dtype=dtype, context=context).logits[:, -1]
             fresh = sample(logits, config.temperature, config.top_p, generator)[:, None]
             if eos_id is not None:
                 fresh = torch.where(ended[:, None], eos_id, fresh)
@@ -49,6 +53,19 @@ def generate(
         return tokens
     finally:
         model.train(was_training)
+
+
+def task_tag(config: ModelConfig, task: str | None) -> int | None:
+    """The tag of `generate.task`; None where the router asks for none. ValueError if it is missing, of no use, or no task of the model."""
+    router = None if config.moe is None else config.moe.router
+    if not isinstance(router, TaskRouter):
+        if task is not None:
+            raise ValueError(f"generate.task ({task}) has an effect only with model.moe.router.type: task; leave it out")
+        return None
+    names = router.tag_names()
+    if task not in names:
+        raise ValueError(f"generate.task ({task}): must be one of the model's tasks, {', '.join(names)}")
+    return names.index(task)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:

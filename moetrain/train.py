@@ -345,6 +345,7 @@ class Trainer:
         results = evaluate(
             self.model, self.eval_sets, batch_size=self.train_config.micro_batch_size, dtype=self.dtype,
             isolate_documents=self.config.data.isolate_documents, device=self.device, group=self.group,
+            tasks=self.config.data.eval_tasks,
         )  # fmt: skip
         return {name: {k: v for k, v in result.items() if not isinstance(v, list)} for name, result in results.items()}
 

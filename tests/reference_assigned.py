@@ -9,7 +9,7 @@ import networkx
 import torch
 from torch import Tensor
 
-from moetrain.config import BaseLayersRouter, ExpertChoiceRouter, HashRouter, LanguageFamilyRouter, NexusRouter, RouterOptions
+from moetrain.config import BaseLayersRouter, ExpertChoiceRouter, HashRouter, LanguageFamilyRouter, NexusRouter, RouterOptions, TaskRouter
 from moetrain.moe.routing import LayerReport, TokenContext
 
 Weights = dict[int, dict[int, Tensor]]
@@ -148,3 +148,22 @@ def hash_layer(layer: Any, x: Tensor, context: TokenContext, sequences: list[lis
 
 
 ASSIGNED[HashRouter] = hash_layer
+
+
+def task(layer: Any, x: Tensor, context: TokenContext, sequences: list[list[int]]) -> Weights:
+    o, routes = layer.options, {}
+    for t in sum(sequences, []):
+        tag = int(context.tags[t])
+        if o.branches:
+            experts = o.branches[sorted(o.branches)[tag]]
+            routes[t] = {e: torch.tensor(1 / len(experts), dtype=x.dtype) for e in experts}
+            continue
+        logits = layer.router.weight[tag]
+        s = torch.exp(logits) / torch.exp(logits).sum()
+        layer.shares[t] = s
+        best = sorted(range(len(s)), key=lambda e, s=s: (-s[e].item(), e))[: o.top_k]
+        routes[t] = {e: s[e] / (sum(s[i] for i in best) if o.normalize else 1) for e in best}
+    return routes
+
+
+ASSIGNED[TaskRouter] = task

@@ -243,6 +243,8 @@ _topk_more = st.sampled_from(
 _assigned = st.sampled_from(
     [
         {"type": "base_layers", "init_std": 0.1},
+        {"type": "task", "tasks": ["no", "b", "a"], "top_k": 1, "normalize": False, "balance_coef": 0.0},
+        {"type": "task", "branches": {"no": [7, 0], "1": [1]}},
         {"type": "hash", "num_hashes": 3, "frequencies": "a.json", "seed": 2**62},
         {"type": "nexus", "domain_dim": 5, "projection_dim": 3, "embeddings": "d.safetensors", "balance_coef": 0.0},
         {"type": "language_family", "languages": {"é": 7, "a b": 0, "no": 1}, "top_k": 8, "balance_coef": 0.5},
@@ -378,6 +380,7 @@ _OPEN = {"type": "sigmoid_ste"}
 _TOP2 = {"type": "topk", "top_k": 2}
 _MLA = {"kv_lora_rank": 5, "qk_nope_head_dim": 3, "qk_rope_head_dim": 2, "v_head_dim": 4}
 _YARN = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}
+_TASKS = {"type": "task", "tasks": ["en", "de"]}
 _LANGUAGES = {"type": "language_family", "languages": {"en": 0, "de": 7}}
 
 
@@ -465,6 +468,14 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": moe({**_LANGUAGES, "top_k": 9})}, "router.top_k (9) is more than num_experts (8)"),
     ({"model": moe({"type": "nexus", "domain_dim": 3, "top_k": 9})}, "router.top_k (9) is more than num_experts (8)"),
     ({"model": moe({"type": "hash", "num_hashes": 9})}, "router.num_hashes (9) is more than num_experts (8)"),
+    ({"model": moe({"type": "task"})}, "model.moe.router: give either tasks, whose experts are learned, or branches"),
+    ({"model": moe({"type": "task", "branches": {"en": [0]}, "normalize": False})}, "router.normalize (False) has an effect only with tasks"),
+    ({"model": moe({"type": "task", "tasks": ["en"], "top_k": 9})}, "router.top_k (9) is more than num_experts (8)"),
+    ({"model": moe({"type": "task", "tasks": ["en", "en"]})}, "router.tasks: a name is given twice in en, en"),
+    ({"model": moe({"type": "task", "branches": {"en": [0, 8]}})}, "router.branches: en must have one or more different experts below num_experts (8), found [0, 8]"),
+    ({"model": moe(_TASKS), "data": {"train": [{"name": n, "path": n} for n in ("en", "de", "fr")]}}, "data.train: 'fr' is no task of model.moe.router; its tasks are en, de"),
+    ({"model": moe(_TASKS), "data": {"eval": [{"name": "en_valid", "path": "p"}]}}, "data.eval: 'en_valid' is no task of model.moe.router; give en_valid a task, one of en, de"),
+    ({"model": moe(), "data": {"eval": [{"name": "en", "path": "p", "task": "en"}]}}, "data.eval: the task of en (en) has an effect only with"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": _OPEN}}, "upcycle.router.type (sigmoid_ste) does not belong to upcycle.method (llama_moe); use topk"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": {"type": "topk", "top_k": 9}}}, "upcycle.router.top_k (9) is more than num_experts (8)"),
     (_upcycle(granularity=2), "upcycle.granularity (2) has no effect with method: dsmoe; it is for virtual_groups"),
@@ -604,6 +615,9 @@ READ: dict[str, tuple[str, str]] = {
     "Source.name": ("train.py", "Source(s.name, s.path, s.weight)"),
     "Source.path": ("train.py", "Source(s.name, s.path, s.weight)"),
     "Source.weight": ("train.py", "Source(s.name, s.path, s.weight)"),
+    "EvalSource.task": ("config/sections.py", "s.task"),
+    "GenerateConfig.task": ("generate.py", "config.task"),
+    "ExportConfig.task": ("cli.py", "options.task"),
     "EvalSource.name": ("evaluate.py", "s.name"),
     "EvalSource.path": ("evaluate.py", "s.path"),
     "DataConfig.seq_len": ("train.py", "data.seq_len"),
@@ -737,6 +751,8 @@ MODELS = {
     "finedeep": model(finedeep={"sublayers": 2, "experts": 4}),
     "some_sparse": moe(_ALL_OPEN, layers={"first": 1, "every": 2}, num_layers=5, intermediate_size=20),
     "base_layers": moe({"type": "base_layers"}),
+    "task": moe({"type": "task", "tasks": ["a", "b"], "top_k": 8}),
+    "task_branches": moe({"type": "task", "branches": {"a": [0, 1], "b": [2]}}),
     "hash": moe({"type": "hash", "num_hashes": 8}),
     "nexus": moe({"type": "nexus", "domain_dim": 5, "projection_dim": 12}),
     "language_family": moe({"type": "language_family", "top_k": 8, "languages": {"en": 0}}),

@@ -33,6 +33,8 @@ ASSIGNED: dict[str, dict[str, Any]] = {
     "language_family": {"router": {"type": "language_family", "languages": {"b": 6, "a": 1}, "balance_coef": 0.1}},
     "nexus": {"router": {"type": "nexus", "domain_dim": 5, "projection_dim": 6}},
     "hash": {"router": {"type": "hash", "num_hashes": 2, "init_std": None}},
+    "task": {"router": {"type": "task", "tasks": ["b", "a"], "balance_coef": 0.1}},
+    "task_branches": {"router": {"type": "task", "branches": {"b": [6], "a": [0, 1, 5]}, "init_std": None}},
     "expert_threshold": {"router": {"type": "expert_choice", "training": "threshold", "warmup_steps": 1, "score": "sigmoid"}},
 }
 """Chosen by experts, by assignment, by token id, by task, by domain."""

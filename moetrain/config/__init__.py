@@ -39,6 +39,7 @@ from moetrain.config.routers import (
     Router,
     RouterOptions,
     SigmoidSteRouter,
+    TaskRouter,
     TopKRouter,
 )
 from moetrain.config.rules import check, check_world

@@ -482,3 +482,55 @@ class HashRouter(RouterOptions):
 
     def default_active(self, num_experts: int) -> float:
         return self.num_hashes
+
+
+class TaskRouter(RouterOptions):
+    """Experts by the sample's task, that is its source: a gate learned per task (Task-level MoE, arXiv 2110.03742), or fixed branches (Lego-MT)."""
+
+    type: Literal["task"] = "task"
+    tasks: list[str] = []
+    """Sources in `data.train`, each of which has logits of its own that choose its `top_k` experts in every layer."""
+    branches: dict[str, list[NonNegative]] = {}
+    """Instead of `tasks`: source in `data.train` -> its experts, in every layer, equally weighted. Nothing is learned."""
+    top_k: Positive = 2
+    """`tasks` only."""
+    normalize: bool = True
+    """`tasks` only: divide the k weights by their sum; false keeps the softmax's values, as top_k: 1 needs to learn from the model's loss."""
+    balance_coef: NonNegativeFloat = 0.01
+    """`tasks` only: coefficient of the load-balancing loss E * sum_e f_e P_e over the micro-batch on all ranks."""
+    init_std: PositiveFloat = 0.02
+    """`tasks` only."""
+
+    ROW_PER_EXPERT: ClassVar[bool] = False
+    TRAINING: ClassVar[frozenset[str]] = RouterOptions.TRAINING | {"balance_coef"}
+
+    def idle(self) -> set[str]:
+        return {"top_k", "normalize", "balance_coef", "init_std", "tasks"} if self.branches else {"branches"}
+
+    def problems(self, num_experts: int) -> list[str]:
+        bad = []
+        if bool(self.tasks) == bool(self.branches):
+            return [": give either tasks, whose experts are learned, or branches, whose experts are named"]
+        for name in sorted(self.idle() & self.model_fields_set):
+            if self.branches and name != "tasks":
+                bad.append(f".{name} ({getattr(self, name)}) has an effect only with tasks, not with branches")
+        if self.tasks and self.top_k > num_experts:
+            bad.append(f".top_k ({self.top_k}) is more than num_experts ({num_experts})")
+        if len(set(self.tasks)) < len(self.tasks):
+            bad.append(f".tasks: a name is given twice in {', '.join(self.tasks)}")
+        for name, experts in self.branches.items():
+            if not experts or len(set(experts)) < len(experts) or max(experts) >= num_experts:
+                bad.append(f".branches: {name} must have one or more different experts below num_experts ({num_experts}), found {experts}")
+        return bad
+
+    def coefficients(self) -> dict[str, float]:
+        return {"balance": self.balance_coef} if self.tasks else {}
+
+    def num_params(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
+        return 0, num_experts * len(self.tasks)
+
+    def default_active(self, num_experts: int) -> float:
+        return self.top_k if self.tasks else sum(map(len, self.branches.values())) / len(self.branches)
+
+    def tag_names(self) -> list[str]:
+        return self.tasks or sorted(self.branches)

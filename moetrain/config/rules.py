@@ -6,7 +6,7 @@ import math
 
 from moetrain.config.base import ConfigError, short
 from moetrain.config.model import ModelConfig, MoEConfig, RopeScaling, layer_problems
-from moetrain.config.routers import SigmoidSteRouter, TopKRouter
+from moetrain.config.routers import SigmoidSteRouter, TaskRouter, TopKRouter
 from moetrain.config.sections import UPCYCLE_OPTIONS, Config, ParallelConfig, UpcycleConfig
 
 
@@ -61,6 +61,17 @@ def check(config: Config) -> list[str]:
         for name in model.moe.router.tag_names():
             if name not in known:
                 bad.append(f"model.moe.router: {name!r} is no source in data.train; its names are {', '.join(sorted(known))}")
+    if model is not None:
+        router = None if model.moe is None else model.moe.router
+        tasks = router.tag_names() if isinstance(router, TaskRouter) else []
+        for name in [s.name for s in data.train] if tasks else []:
+            if name not in tasks:
+                bad.append(f"data.train: {name!r} is no task of model.moe.router; its tasks are {', '.join(tasks)}")
+        for s in data.eval:
+            if tasks and (s.task or s.name) not in tasks:
+                bad.append(f"data.eval: {s.task or s.name!r} is no task of model.moe.router; give {s.name} a task, one of {', '.join(tasks)}")
+            elif s.task is not None and not tasks:
+                bad.append(f"data.eval: the task of {s.name} ({s.task}) has an effect only with model.moe.router.type: task")
     if config.upcycle is not None:
         _check_upcycle(config.upcycle, bad)
     return bad

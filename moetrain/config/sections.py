@@ -25,6 +25,8 @@ class Source(Section):
 class EvalSource(Section):
     name: Name
     path: Name
+    task: Name | None = None
+    """With `router.type: task`: the task of its text; null: that of its own name."""
 
 
 class DataConfig(Section):
@@ -38,6 +40,11 @@ class DataConfig(Section):
     """Documents packed into one sample don't see each other and their positions restart at 0."""
     prefetch: NonNegative = 2
     """Optimizer steps read ahead by a thread; 0 reads when asked."""
+
+    @property
+    def eval_tasks(self) -> dict[str, str]:
+        """Evaluation set -> its task, by name."""
+        return {s.name: s.task or s.name for s in self.eval}
 
 
 class PrepareConfig(Section):
@@ -265,10 +272,14 @@ class GenerateConfig(Section):
     """0: the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: Seed = 0
+    task: Name | None = None
+    """With `router.type: task`: the task of the text."""
 
 
 class ExportConfig(Section):
     output: Name
+    task: Name | None = None
+    """With `router.type: task`: write the dense model that this task's experts make up; null: the whole mixture."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """null: as the parameters are."""
     max_shard_bytes: Positive = 5_000_000_000

@@ -16,6 +16,7 @@ from moetrain.config import (
     MoEConfig,
     NexusRouter,
     SigmoidSteRouter,
+    TaskRouter,
     TopKRouter,
 )
 from moetrain.moe.layer import MoELayer
@@ -46,8 +47,10 @@ ROUTERS = {
     "expert_choice_batch": ExpertChoiceRouter(over="micro_batch", score="sigmoid", evaluation="choice"),
     "language_family": LanguageFamilyRouter(languages={"xx": 4, "aa": 0, "mm": 1}),
     "hash": HashRouter(num_hashes=2),
+    "task": TaskRouter(tasks=["xx", "aa"]),
+    "task_branches": TaskRouter(branches={"xx": [0], "aa": [4, 1]}),
     "nexus": NexusRouter(domain_dim=4, projection_dim=6),
-    "language_all": LanguageFamilyRouter(top_k=1, languages={"xx": 2}),
+    "language_all": LanguageFamilyRouter(top_k=1, languages={"xx": 2, "yy": 0}),
     "expert_threshold": ExpertChoiceRouter(training="threshold", warmup_steps=0, score="sigmoid"),
 }
 
@@ -109,7 +112,7 @@ def test_matches_the_loop(name):
     x, residual = torch.randn(2, 17, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     valid = torch.ones(17, dtype=torch.bool)
     valid[[3, 16]] = False
-    known = dict(tokens=torch.arange(17) % 11, tags=torch.zeros(17, dtype=torch.int64))  # of routers by token id and by source
+    known = dict(tokens=torch.arange(17) % 11, tags=torch.arange(17) % 2)  # of routers by token id and by source
     compare(ours, loop, x, TokenContext(keys=torch.arange(17) + 100, valid=valid, num_tokens=40.0, **known), residual)
     x, residual = x[:15], residual[:15]
     known = {name: value[:15] for name, value in known.items()}

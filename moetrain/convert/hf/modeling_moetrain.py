@@ -3,7 +3,8 @@
 Routers are sigmoid_ste (independent gates, those above a threshold route: a token has any number of experts, none included) and topk (by
 softmax or sigmoid scores of a linear, two-layer or cosine gate, with a bias that only chooses, and groups of experts), budget (probabilities
 above a cut route), expert_choice (scores above an expert's cut route), base_layers (the best of independent gates), language_family (softmax
-top-k, not normalised), nexus (the same, its rows projected from domains' embeddings), hash (by a table of token ids).
+top-k, not normalised), nexus (the same, its rows projected from domains' embeddings), hash (by a table of token ids), task (all tokens of a task
+alike; `task` is an argument of forward and generate, or a key of config.json).
 Attention has grouped heads, biases, q/k norms, sliding windows and rotary positions with linear, llama3 or yarn scaling, or latents
 (MLA). Beside the experts there may be a fixed FFN. The key `moetrain` of config.json holds every option.
 
@@ -21,7 +22,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-ROUTERS = ("sigmoid_ste", "topk", "budget", "expert_choice", "base_layers", "language_family", "nexus", "hash")
+ROUTERS = ("sigmoid_ste", "topk", "budget", "expert_choice", "base_layers", "language_family", "nexus", "hash", "task")
 
 
 class MoetrainConfig(PretrainedConfig):
@@ -295,6 +296,9 @@ class Gate(nn.Module):
         self.selection_bias = nn.Parameter(torch.empty(num_experts)) if options.get("selection_bias") else None
         self.cut = nn.Parameter(torch.empty(2)) if options["type"] == "budget" else None
         self.domains = self.table = None
+        if options["type"] == "task":
+            tasks = options.get("tasks") or []
+            self.weight = nn.Parameter(torch.empty(len(tasks), num_experts)) if tasks else None
         if options["type"] == "hash":
             self.table = nn.Parameter(torch.empty(options["vocab_size"], options["num_hashes"]))
             self.weight = None
@@ -379,10 +383,26 @@ class MoE(nn.Module):
             y.index_add_(0, tokens, self.experts[e](x[tokens]).to(y.dtype) * weights[tokens, e, None].to(y.dtype))
         return y.to(x.dtype)
 
+    def tasks(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(tasks, E): the weights of each task's experts."""
+        options, names = self.options, _task_names(self.options)
+        if self.gate.weight is None:
+            table = torch.zeros(len(names), len(self.experts), dtype=dtype, device=device)
+            for row, name in enumerate(names):
+                table[row, options["branches"][name]] = 1 / len(options["branches"][name])
+            return table
+        logits = self.gate.weight.to(dtype)
+        chosen = logits.sort(dim=-1, descending=True, stable=True).indices[:, : options["top_k"]]
+        table = logits.softmax(-1) * torch.zeros_like(logits).scatter(-1, chosen, 1)
+        return table / table.sum(-1, keepdim=True) if options["normalize"] else table
+
     def route(self, gate: Gate, x: Tensor, known: dict) -> tuple[Tensor, Tensor]:
-        """x: (T, D). known: `tokens`, (T,) ids or None; `rows`, of the batch. Returns weights (T, E), 0 where there is no route,
-        and the routes (T, E) bool."""
+        """x: (T, D). known: `tokens`, (T,) ids or None; `tags`, (T,) numbers of tasks or None; `rows`, of the batch.
+        Returns weights (T, E), 0 where there is no route, and the routes (T, E) bool."""
         options, dtype = self.options, _wide(x)
+        if options["type"] == "task":
+            table = self.tasks(dtype, x.device)[known["tags"]]
+            return table, table > 0
         if options["type"] == "hash":
             if known["tokens"] is None:
                 raise ValueError("moe.router.type is 'hash': experts follow from token ids; give input_ids, not inputs_embeds")
@@ -436,6 +456,19 @@ class MoE(nn.Module):
         if options["rescale"] == "count" and options.get("rescale_in_eval", True):
             weights = weights * (gates.shape[-1] / active.sum(-1, keepdim=True).clamp(min=1).to(dtype))
         return weights, active
+
+
+def _task_names(options: dict) -> list[str]:
+    return list(options.get("tasks") or sorted(options.get("branches") or {}))
+
+
+def _task_numbers(options: dict, task: Any, rows: int) -> list[int]:
+    """Number of the task of each row. task: a name, or one for each row."""
+    names = _task_names(options)
+    given = [task] * rows if task is None or isinstance(task, str) else list(task)
+    if len(given) != rows or any(name not in names for name in given):
+        raise ValueError(f"task is {task!r}; give forward or generate one of {', '.join(names)}, or a list of one for each row, or set config.task")
+    return [names.index(name) for name in given]
 
 
 def _within_groups(scores: Tensor, num_groups: int, top_groups: int, top_k: int) -> Tensor:
@@ -544,12 +577,13 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
+        task: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As any causal language model of transformers. attention_mask: (B, L), 0 on padding on either side.
 
         logits: (B, S, V) in the model's dtype; only the last `logits_to_keep` positions when that is positive. labels: (B, S), not shifted,
-        -100 where there is none.
+        -100 where there is none. task: of a model whose experts go by task, a name for all rows or a list of one for each; None: `config.task`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -571,7 +605,12 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
             else:
                 position_ids = torch.arange(start, start + S, device=x.device)[None]
         cos, sin = self._rope(position_ids[:, -S:], x)
-        known = {"tokens": None if input_ids is None else input_ids.flatten(), "rows": x.shape[0]}
+        router = (self.config.moetrain.get("moe") or {}).get("router") or {}
+        tags = None
+        if router.get("type") == "task":
+            numbers = _task_numbers(router, getattr(self.config, "task", None) if task is None else task, x.shape[0])
+            tags = torch.tensor(numbers, device=x.device).repeat_interleave(S)
+        known = {"tokens": None if input_ids is None else input_ids.flatten(), "tags": tags, "rows": x.shape[0]}
         for layer in self.model.layers:
             x = layer(x, known, cos, sin, start, attention_mask, past_key_values)
         x = self.model.norm(x)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.config import ModelConfig
-from moetrain.moe.routers import base_layers, budget, expert_choice, hash, language_family, nexus, sigmoid_ste, topk
+from moetrain.moe.routers import base_layers, budget, expert_choice, hash, language_family, nexus, sigmoid_ste, task, topk
 from moetrain.moe.routers.base import MODULES, router_for
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "router_for",
     "sigmoid_ste",
     "start_value",
+    "task",
     "topk",
 ]
 

@@ -1,0 +1,62 @@
+"""Experts by task: Task-level MoE (arXiv 2110.03742) and Lego-MT's branches (2212.10551), both from background knowledge of the papers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moetrain.config import ModelConfig, TaskRouter
+from moetrain.moe.balance import product_of_shares
+from moetrain.moe.routers.base import router_for
+from moetrain.moe.routing import Decision, Routing, TokenContext, global_load, recorded, token_count
+
+
+@router_for(TaskRouter)
+class Task(nn.Module):
+    """All tokens of a task use the same experts of a layer.
+
+    tasks: s = softmax of the task's own logits (E); the k largest route with weight s, divided by their sum or not. branches: the experts that the
+    config names, n of them with weight 1 / n.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        assert config.moe is not None and isinstance(config.moe.router, TaskRouter), "needs a task config"
+        self.options, self.num_experts = config.moe.router, config.moe.num_experts
+        self.weight = nn.Parameter(torch.empty(len(self.options.tasks), self.num_experts)) if self.options.tasks else None
+
+    def forward(self, x: Tensor, context: TokenContext) -> Routing:
+        """x: (T, D), only counted. context.tags: places in `tag_names`. Losses, with `tasks`: `balance`, E sum_e f_e P_e. ValueError without
+        tags."""
+        options, dtype = self.options, torch.promote_types(x.dtype, torch.float32)
+        if context.tags is None:
+            raise ValueError(f"router task: which task the text is of is not known; name one of {', '.join(options.tag_names())}")
+        tags = context.tags.clamp(min=0)  # -1 is padding here: data.train and data.eval are checked
+        if self.weight is None:
+            table = x.new_zeros(len(options.branches), self.num_experts, dtype=dtype)
+            for row, name in enumerate(options.tag_names()):
+                table[row, options.branches[name]] = 1 / len(options.branches[name])
+            decision: Decision = recorded(lambda: self.decide(table > 0, tags, context))
+            return Routing(decision, table[tags] * decision.active)
+        logits = self.weight.to(dtype)
+        scores = torch.softmax(logits, -1)
+        decision = recorded(lambda: self.decide(largest(logits.detach(), options.top_k), tags, context))
+        table = scores * largest(logits.detach(), options.top_k)
+        if options.normalize:
+            table = table / table.sum(-1, keepdim=True)
+        assert decision.load is not None, "decided with the load"
+        shares = scores[tags] if context.valid is None else scores[tags] * context.valid[:, None]
+        balance = product_of_shares(decision.load, shares, token_count(context, x))
+        return Routing(decision, table[tags] * decision.active, {"balance": balance})
+
+    def decide(self, table: Tensor, tags: Tensor, context: TokenContext) -> Decision:
+        active = table[tags]
+        if context.valid is not None:
+            active = active & context.valid[:, None]
+        return Decision(active, load=global_load(active, context.group if torch.is_grad_enabled() else None))
+
+
+def largest(logits: Tensor, top_k: int) -> Tensor:
+    """(..., E) bool: the k largest; among equals the lower expert."""
+    order = torch.sort(logits, dim=-1, descending=True, stable=True).indices[..., :top_k]
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, True)
