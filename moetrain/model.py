@@ -231,23 +231,31 @@ def initial_tensor(name: str, shape: Sequence[int], config: ModelConfig, seed: i
 
     A function of name, shape, config and seed alone, so every layout of ranks starts from the same weights. Norms are 1, biases 0 (the
     router's: `bias_init`), the weights of a router's noise 0, matrices normal; what writes into the residual stream is divided by
-    sqrt(2 * num_layers) (GPT-2).
+    sqrt(2 * num_layers) (GPT-2). A router's options may say otherwise (`start_values`, `ORTHOGONAL`).
     """
     if name.endswith("norm.weight"):
         return torch.ones(*shape, device="cpu")
+    router = None if config.moe is None or ".router." not in name else config.moe.router
+    if router is not None and config.moe is not None:
+        start = router.start_values(config.moe.num_experts).get(name.rpartition(".")[2])
+        if start is not None:
+            return torch.tensor(start, dtype=torch.float32, device="cpu").expand(tuple(shape)).contiguous()
     if name.endswith(("router.selection_bias", "router.noise")):
         return torch.zeros(*shape, device="cpu")
     if name.endswith(".bias"):
         value = getattr(config.moe.router, "bias_init", 0.0) if config.moe is not None and name.endswith("router.bias") else 0.0
         return torch.full(tuple(shape), value, device="cpu")
     std = config.init_std
-    if config.moe is not None and name.endswith(("router.weight", "router.output")):
-        std = config.moe.router.init_std
+    if router is not None:
+        std = router.init_std if "init_std" in type(router).model_fields else std
     elif name.endswith(("o_proj.weight", "down_proj.weight", "experts.down")):
         std /= math.sqrt(2 * config.num_layers)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.empty(tuple(shape), device="cpu").normal_(0, std, generator=generator)
+    tensor = torch.empty(tuple(shape), device="cpu")
+    if router is not None and router.ORTHOGONAL and name.endswith("router.weight"):
+        return nn.init.orthogonal_(tensor, generator=generator)
+    return tensor.normal_(0, std, generator=generator)
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ from tests.test_train import layout_id, make_config, start, write_data
 BUDGETS: dict[str, dict[str, Any]] = {
     "dsmoe_by_layer": {"router": {"type": "sigmoid_ste", "target_active": 3.0, "sparsity_coef": 0.1, "target_over": "layer"}},
 }
-VARIABLE: dict[str, dict[str, Any]] = {}
+VARIABLE: dict[str, dict[str, Any]] = {
+}
 """Variable numbers of experts: ReMoE, XMoE, DynMoE, MoE++."""
 ASSIGNED: dict[str, dict[str, Any]] = {}
 """Chosen by experts, by assignment, by token id, by task, by domain."""

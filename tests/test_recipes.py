@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moetrain.cli import main
-from moetrain.config import ModelConfig, TopKRouter, UpcycleConfig, load_config
+from moetrain.config import ROUTERS, ModelConfig, UpcycleConfig, load_config
 from moetrain.convert.huggingface import read_config, read_tensors, write_model
 from moetrain.convert.upcycle import target_config, upcycle
 from moetrain.model import Transformer, init_weights
@@ -40,7 +40,7 @@ def test_recipe(name, capsys):
     assert capsys.readouterr().err == ""
     config = load_config(path)
     billions, router = RECIPES[name]
-    assert config.model.moe.router == TopKRouter(**router)
+    assert config.model.moe.router == ROUTERS[router.get("type", "topk")](**router)
     with torch.device("meta"):
         model = Transformer(config.model)
     count = sum(p.numel() for p in model.parameters())

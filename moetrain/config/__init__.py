@@ -18,7 +18,13 @@ from moetrain.config.reading import (
     to_dict,
     to_yaml,
 )
-from moetrain.config.routers import ROUTERS, Router, RouterOptions, SigmoidSteRouter, TopKRouter
+from moetrain.config.routers import (
+    ROUTERS,
+    Router,
+    RouterOptions,
+    SigmoidSteRouter,
+    TopKRouter,
+)
 from moetrain.config.rules import check, check_world
 from moetrain.config.sections import (
     CheckpointConfig,

@@ -31,6 +31,8 @@ class RouterOptions(Section):
 
     TRAINING: ClassVar[frozenset[str]] = frozenset({"init_std", "bias_init"})
     """Options that say how the model is trained and not what it computes: they may change when a run goes on."""
+    ORTHOGONAL: ClassVar[bool] = False
+    """The experts' rows start orthogonal to each other, with norm 1, instead of normal."""
 
     def problems(self, num_experts: int) -> list[str]:
         """What is wrong between the options, each beginning with `.option` or `:`; the caller writes the section's name before it."""
@@ -38,6 +40,10 @@ class RouterOptions(Section):
 
     def coefficients(self) -> dict[str, float]:
         """Loss that the router reports -> its coefficient (the start value, where a controller moves it)."""
+        return {}
+
+    def start_values(self, num_experts: int) -> dict[str, float | list[float]]:
+        """The router's parameter -> its start value, one for all entries or one for each along dim 0; those that are not named are drawn."""
         return {}
 
     def num_params(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
@@ -83,8 +89,8 @@ class BudgetOptions(RouterOptions):
     target_over: Literal["model", "layer"] = "model"
     """`target_active` only: the mean over all layers is held, by one coefficient, or that of each layer, by one of its own."""
     controller_factor: Annotated[float, Field(gt=1)] = 1.05
-    """`target_active` only. Largest factor by which the controller changes the coefficient in a step (ReMoE has 1.2, with 500 times the tokens per
-    step)."""
+    """`target_active` only. Largest factor by which the controller changes the coefficient in a step for the distance to the target; how the mean
+    moves comes on top (ReMoE has 1.2)."""
 
     TRAINING: ClassVar[frozenset[str]] = RouterOptions.TRAINING | {"sparsity_coef", "target_active", "target_over", "controller_factor"}
 

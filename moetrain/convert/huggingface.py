@@ -351,8 +351,8 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _layouts(name: str, shape: tuple[int, ...], mixtral: bool) -> list[_Stored]:
     """Every layout in which a parameter is found, the one to write first."""
-    if name.endswith("router.noise"):
-        # Of use in training alone, and no stock architecture has a place for it; it starts at 0.
+    if name.endswith(("router.noise", "router.used", "router.unrouted", "router.clock")):
+        # Of use in training alone, and no stock architecture has a place for them; they start at 0.
         return [_Stored((), shape)]
     if ".ffn." not in name or not (".router." in name or ".experts." in name):
         return [_Stored((_dense_key(name),), shape)]
@@ -623,8 +623,8 @@ def write_model(
     """Write a Hugging Face folder that AutoModelForCausalLM loads; returns its files.
 
     tensors: (our name, tensor) of every parameter, once, in any order; memory is one shard. dtype: None keeps each tensor's. A top-k
-    router's output_scale is multiplied into the experts' down projections, since no stock architecture has it; the weights of its noise,
-    which only training has, are left out and are 0 when the folder is read. tokenizer: written beside,
+    router's output_scale is multiplied into the experts' down projections, since no stock architecture has it; what only training has, the
+    weights of a router's noise and the records of dynmoe, is left out and is 0 when the folder is read. tokenizer: written beside,
     its special tokens named in config.json. source: a Hugging Face folder whose tokenizer files and special tokens are taken over instead.
     The folder appears under its name only when it is whole. ValueError if it exists and is not empty.
     """
@@ -683,7 +683,7 @@ def _write_weights(
         if scale != 1.0 and name.endswith("experts.down"):
             tensor = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * scale).to(tensor.dtype)
         wanted = dtype or tensor.dtype
-        if name.endswith("router.selection_bias"):
+        if name.endswith(("router.selection_bias", "router.threshold")):
             wanted = torch.promote_types(wanted, torch.float32)  # a step of 0.001 is lost in bfloat16
         tensor = tensor.to("cpu", wanted).contiguous()
         if stored_dtype is None and name == "embed.weight":

@@ -33,4 +33,6 @@ class MoELayer(nn.Module):
         routing = self.router(residual if self.routes_by_residual else x, context)
         work, plan = self.dispatcher.dispatch(x, routing)
         y = self.dispatcher.combine(self.experts(work), plan)
+        if routing.local is not None:
+            y = (y + routing.local).to(y.dtype)
         return y, LayerReport(routing.losses, statistics(routing.decision, context.valid), routing.sums, routing.scores)

@@ -1,7 +1,8 @@
 """Inference of models trained with moetrain that no stock architecture of transformers computes; needs torch and transformers alone.
 
-Routers are sigmoid_ste (independent gates, those above a threshold route: a token has any number of experts, none included) and topk (by
-softmax or sigmoid scores of a linear, two-layer or cosine gate, with a bias that only chooses, and groups of experts).
+Routers are sigmoid_ste (independent gates, those above a threshold route: a token has any number of experts, none included), topk (by
+softmax or sigmoid scores of a linear, two-layer or cosine gate, with a bias that only chooses, and groups of experts), remoe (ReLU gates), xmoe
+(a share of the softmax), dynmoe (cosines above learned thresholds) and moepp (top-k with zero, copy and constant experts).
 Attention has grouped heads, biases, q/k norms, sliding windows and rotary positions with linear, llama3 or yarn scaling. The key `moetrain`
 of config.json holds every option.
 
@@ -168,10 +169,22 @@ class FeedForward(nn.Module):
 
 
 class Gate(nn.Module):
-    """Logits of a token's experts. output: the second matrix of a two-layer gate. selection_bias: added to what chooses, not to what weighs."""
+    """Logits of a token's experts. output: the second matrix of a two-layer gate. selection_bias: added to what chooses, not to what weighs.
+    threshold: xmoe's log-odds, or of each expert (dynmoe). mask: 0 at slots without an expert. residual: from the logits of the layer before.
+    mix, constant: of moepp's constant experts."""
 
     def __init__(self, dim: int, num_experts: int, options: dict) -> None:
         super().__init__()
+        kind = options["type"]
+        constants = options["num_constant"] if kind == "moepp" else 0
+        if kind == "moepp":
+            num_experts += options["num_zero"] + options["num_copy"] + constants
+        thresholds = num_experts if kind == "dynmoe" else int(kind == "xmoe" and options.get("target_active") is not None)
+        self.threshold = nn.Parameter(torch.empty(thresholds)) if thresholds else None
+        self.mask = nn.Parameter(torch.empty(num_experts)) if kind == "dynmoe" and options.get("adapt_every") is not None else None
+        self.residual = nn.Parameter(torch.empty(num_experts, num_experts)) if kind == "moepp" and options["gating_residual"] else None
+        self.mix = nn.Parameter(torch.empty(constants, 2, dim)) if constants else None
+        self.constant = nn.Parameter(torch.empty(constants, dim)) if constants else None
         self.kind, self.temperature = options.get("gate", "linear"), options.get("cosine_temperature", 1.0)
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.bias = nn.Parameter(torch.empty(num_experts)) if options.get("bias") else None
@@ -195,49 +208,106 @@ class MoE(nn.Module):
         super().__init__()
         D, moe = config["hidden_size"], config["moe"]
         self.options = moe["router"]
-        if self.options["type"] not in ("sigmoid_ste", "topk"):
-            raise ValueError(f"moe.router.type is {self.options['type']!r}; supported: sigmoid_ste, topk")
+        if self.options["type"] not in _ROUTES:
+            raise ValueError(f"moe.router.type is {self.options['type']!r}; supported: {', '.join(_ROUTES)}")
         self.gate = Gate(D, moe["num_experts"], self.options)
         self.experts = nn.ModuleList(FeedForward(D, moe["expert_dim"]) for _ in range(moe["num_experts"]))
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """x: (B, S, D), normed. residual: the stream before the norm. Returns (B, S, D)."""
+    def forward(self, x: Tensor, residual: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x: (B, S, D), normed. residual: the stream before the norm. previous: what the MoE layer before gave as second, None in the first.
+        Returns (B, S, D) and the logits that the next MoE layer's router wants."""
         shape, x = x.shape, x.flatten(0, 1)
-        weights, active = self.route(residual.flatten(0, 1) if self.options.get("input") == "residual" else x)
+        seen = residual.flatten(0, 1) if self.options.get("input") == "residual" else x
+        weights, active, logits, extra = _ROUTES[self.options["type"]](self.gate, self.options, seen.to(_wide(x)), previous)
         # The outputs of a token's experts are added in float32, as in training.
         y = torch.zeros(x.shape, dtype=_wide(x), device=x.device)
         for e in active.any(0).nonzero().flatten().tolist():
             tokens = active[:, e].nonzero().flatten()
             y.index_add_(0, tokens, self.experts[e](x[tokens]).to(y.dtype) * weights[tokens, e, None].to(y.dtype))
-        return y.to(x.dtype).view(shape)
+        y = y.to(x.dtype)
+        return (y if extra is None else (y + extra).to(x.dtype)).view(shape), logits
 
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: (T, D). Returns weights (T, E), 0 where there is no route, and the routes (T, E) bool."""
-        options, dtype = self.options, _wide(x)
-        logits = self.gate(x)
-        if options["type"] == "topk":
-            sigmoid = options.get("score") == "sigmoid"
-            scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
-            ranking = scores if sigmoid else logits
-            if self.gate.selection_bias is not None:
-                ranking = ranking + self.gate.selection_bias.to(dtype)
-            if options.get("num_groups", 1) > 1:
-                ranking = _within_groups(ranking, options["num_groups"], options["top_groups"], options["top_k"])
-            chosen = ranking.sort(dim=-1, descending=True, stable=True).indices[:, : options["top_k"]]
-            active = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, chosen, True)
-            weights = scores * active
-            if options["normalize"]:
-                weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
-            return weights * options["output_scale"], active
-        gates = logits.sigmoid()
-        active = gates > options["threshold"]
-        if options["zero_routes"] == "top1":
-            largest = F.one_hot(gates.argmax(-1), gates.shape[-1]).bool()
-            active = active | (largest & ~active.any(-1, keepdim=True))
-        weights = torch.where(active, gates, 0)
-        if options["rescale"] == "count" and options.get("rescale_in_eval", True):
-            weights = weights * (gates.shape[-1] / active.sum(-1, keepdim=True).clamp(min=1).to(dtype))
-        return weights, active
+
+# Each router: (gate, options, x (T, D) float32 or float64, logits of the layer before or None) -> weights (T, E), 0 where there is no route, the
+# routes (T, E) bool, logits for the next layer or None, and what the router itself adds to the output, (T, D), or None.
+
+
+def _topk(gate: Gate, options: dict, x: Tensor, previous: Tensor | None) -> tuple:
+    sigmoid, logits = options.get("score") == "sigmoid", gate(x)
+    scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
+    ranking = scores if sigmoid else logits
+    if gate.selection_bias is not None:
+        ranking = ranking + gate.selection_bias.to(x.dtype)
+    if options.get("num_groups", 1) > 1:
+        ranking = _within_groups(ranking, options["num_groups"], options["top_groups"], options["top_k"])
+    chosen = ranking.sort(dim=-1, descending=True, stable=True).indices[:, : options["top_k"]]
+    active = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, chosen, True)
+    weights = scores * active
+    if options["normalize"]:
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    return weights * options["output_scale"], active, None, None
+
+
+def _sigmoid_ste(gate: Gate, options: dict, x: Tensor, previous: Tensor | None) -> tuple:
+    gates = gate(x).sigmoid()
+    active = gates > options["threshold"]
+    if options["zero_routes"] == "top1":
+        largest = F.one_hot(gates.argmax(-1), gates.shape[-1]).bool()
+        active = active | (largest & ~active.any(-1, keepdim=True))
+    weights = torch.where(active, gates, 0)
+    if options["rescale"] == "count" and options.get("rescale_in_eval", True):
+        weights = weights * (gates.shape[-1] / active.sum(-1, keepdim=True).clamp(min=1).to(x.dtype))
+    return weights, active, None, None
+
+
+def _remoe(gate: Gate, options: dict, x: Tensor, previous: Tensor | None) -> tuple:
+    gates = gate(x).relu()
+    return gates, gates > 0, None, None
+
+
+def _xmoe(gate: Gate, options: dict, x: Tensor, previous: Tensor | None) -> tuple:
+    logits = gate(x)
+    scores = logits.softmax(-1)
+    order = logits.sort(dim=-1, descending=True, stable=True).indices
+    before = F.pad(scores.gather(-1, order).cumsum(-1)[:, :-1], (1, 0))[:, : options.get("max_experts")]
+    threshold = scores.new_tensor([options["threshold"]]) if gate.threshold is None else gate.threshold.to(x.dtype).sigmoid()
+    taken = (before < threshold) | (before == 0) | (threshold >= 1)
+    active = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order[:, : before.shape[1]], taken)
+    weights = scores * active
+    return (weights / weights.sum(-1, keepdim=True) if options["normalize"] else weights), active, None, None
+
+
+def _dynmoe(gate: Gate, options: dict, x: Tensor, previous: Tensor | None) -> tuple:
+    scores = F.linear(F.normalize(x, dim=-1), F.normalize(gate.weight.to(x.dtype), dim=-1)).sigmoid()
+    mask = torch.ones_like(scores[0]) if gate.mask is None else gate.mask.to(x.dtype)
+    active = (scores > gate.threshold.to(x.dtype).sigmoid()) & (mask > 0)
+    largest = F.one_hot((scores * mask).argmax(-1), scores.shape[-1]).bool()
+    active = active | (largest & ~active.any(-1, keepdim=True))
+    return active / active.sum(-1, keepdim=True).to(x.dtype), active, None, None
+
+
+def _moepp(gate: Gate, options: dict, x: Tensor, previous: Tensor | None) -> tuple:
+    logits = gate(x)
+    if gate.residual is not None and previous is not None:
+        logits = logits + F.linear(previous, gate.residual.to(x.dtype))
+    scores = logits.softmax(-1)
+    chosen = logits.sort(dim=-1, descending=True, stable=True).indices[:, : options["top_k"]]
+    active = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, chosen, True)
+    weights = scores * active
+    zero, copy, constant = options["num_zero"], options["num_copy"], options["num_constant"]
+    E = logits.shape[-1] - zero - copy - constant
+    if options["normalize"]:
+        total = weights.sum(-1, keepdim=True) - weights[:, E : E + zero].sum(-1, keepdim=True)
+        weights = weights / torch.where(total > 0, total, 1)
+    light = weights[:, E + zero :]
+    extra = light[:, :copy].sum(-1, keepdim=True) * x
+    if gate.mix is not None:
+        parts = F.linear(x, gate.mix.to(x.dtype).flatten(0, 1)).unflatten(-1, (-1, 2)).softmax(-1) * light[:, copy:, None]
+        extra = extra + parts[..., 0].sum(-1, keepdim=True) * x + parts[..., 1] @ gate.constant.to(x.dtype)
+    return weights[:, :E], active[:, :E], logits, extra
+
+
+_ROUTES = {"topk": _topk, "sigmoid_ste": _sigmoid_ste, "remoe": _remoe, "xmoe": _xmoe, "dynmoe": _dynmoe, "moepp": _moepp}
 
 
 def _within_groups(scores: Tensor, num_groups: int, top_groups: int, top_k: int) -> Tensor:
@@ -259,10 +329,13 @@ class Layer(nn.Module):
         dense = config.get("moe") is None
         self.mlp = FeedForward(D, config["intermediate_size"], config["mlp_bias"]) if dense else MoE(config)
 
-    def forward(self, x: Tensor, *attention: Any) -> Tensor:
+    def forward(self, x: Tensor, previous: Tensor | None, *attention: Any) -> tuple[Tensor, Tensor | None]:
         x = x + self.self_attn(self.input_layernorm(x), *attention)
         normed = self.post_attention_layernorm(x)
-        return x + (self.mlp(normed, x) if isinstance(self.mlp, MoE) else self.mlp(normed))
+        if not isinstance(self.mlp, MoE):
+            return x + self.mlp(normed), previous
+        y, logits = self.mlp(normed, x, previous)
+        return x + y, logits
 
 
 class Decoder(nn.Module):
@@ -278,7 +351,7 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _no_split_modules = ["Layer"]
-    _keep_in_fp32_modules_strict = ["selection_bias"]
+    _keep_in_fp32_modules_strict = ["selection_bias", "threshold"]
     _supports_sdpa = True
     # transformers 5 wants to know what is tied to what, 4 the names alone.
     _tied_weights_keys = (
@@ -303,7 +376,8 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
             nn.init.ones_(module.weight)
         elif isinstance(module, Gate):
             for name, parameter in module.named_parameters():
-                nn.init.zeros_(parameter) if "bias" in name else nn.init.normal_(parameter, std=self.config.initializer_range)
+                zero = "bias" in name or name in ("threshold", "mask")
+                nn.init.zeros_(parameter) if zero else nn.init.normal_(parameter, std=self.config.initializer_range)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
@@ -355,8 +429,9 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
             else:
                 position_ids = torch.arange(start, start + S, device=x.device)[None]
         cos, sin = self._rope(position_ids[:, -S:], x)
+        previous = None
         for layer in self.model.layers:
-            x = layer(x, cos, sin, start, attention_mask, past_key_values)
+            x, previous = layer(x, previous, cos, sin, start, attention_mask, past_key_values)
         x = self.model.norm(x)
         if isinstance(logits_to_keep, int):
             x = x[:, -logits_to_keep:] if logits_to_keep > 0 else x

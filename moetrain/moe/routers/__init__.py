@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from moetrain.config import ModelConfig
 from moetrain.moe.routers import sigmoid_ste, topk
@@ -38,6 +39,8 @@ def changes_after_step(model: nn.Module, loads: list[list[float]], sums: list[di
     routers = [(name, module) for name, module in model.named_modules() if name.endswith(".ffn.router")]
     for (name, router), load, own in zip(routers, loads, sums, strict=True):
         if hasattr(router, "after_step"):
+            if isinstance(router, FSDPModule):
+                router.reshard()  # else a router's attributes may still be the weights of the last forward
             named = {key: torch.tensor(values, dtype=torch.float64) for key, values in own.items()}
             for parameter, change in router.after_step(torch.tensor(load, dtype=torch.float64), named):
                 yield f"{name}.{parameter}", change

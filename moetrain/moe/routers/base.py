@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moetrain.config import RouterOptions
 
@@ -18,7 +20,8 @@ def router_for(options: type[RouterOptions]) -> Callable[[_M], _M]:
     """Decorator: this module is the router of these options.
 
     It is made with (ModelConfig, layer: int) and called with (x: (T, D), context: TokenContext) for a `moetrain.moe.routing.Routing`. A method
-    `after_step(load, sums)`, where it has one, yields (name of a parameter without gradient, what to add to it) after each optimizer step.
+    `after_step(load, sums)`, where it has one, yields (name of one of its parameters, what to add to it) after each optimizer step. Where
+    it changes an entry of a parameter that the optimizer has, AdamW's moments of that entry are cleared.
     """
 
     def tie(module: _M) -> _M:
@@ -26,3 +29,9 @@ def router_for(options: type[RouterOptions]) -> Callable[[_M], _M]:
         return module
 
     return tie
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A copy of a parameter on the CPU in float64, outside forward, where it may be sharded. Collective over its mesh."""
+    value = parameter.detach()
+    return (value.full_tensor() if isinstance(value, DTensor) else value).to("cpu", torch.float64, copy=True)
