@@ -107,7 +107,7 @@ def test_all_errors_at_once_with_the_nearest_key() -> None:
         "modle: unknown key; did you mean model?",
         "data.train.0.path: missing; it has no default",
         "data.seqlen: unknown key; did you mean data.seq_len?",
-        "model.moe.router.type: found 'top_k'; one of sigmoid_ste, topk",
+        "model.moe.router.type: found 'top_k'; one of sigmoid_ste, topk, remoe",
         "parallel.ep: input should be a valid integer, found True",
         "lr: unknown key; did you mean train.lr?",
         "log: must be a section with keys of its own, found 3",
@@ -220,6 +220,12 @@ def _sigmoid(draw: st.DrawFn) -> dict[str, Any]:
     return {"type": "sigmoid_ste", **router}
 
 
+_variable = st.sampled_from(
+    [
+        {"type": "remoe"},
+        {"type": "remoe", "target_active": 2.0, "controller_factor": 1.3, "target_over": "layer"},
+    ]
+)  # fmt: skip
 _topk = st.fixed_dictionaries(
     {"type": st.just("topk"), "top_k": st.integers(1, 8)},
     optional={
@@ -270,7 +276,7 @@ def trees(draw: st.DrawFn) -> dict[str, Any]:
         data["train"] = [{**s, "weight": draw(_positive)} for s in data["train"]]
     tree["data"] = {**data, "seq_len": draw(st.integers(2, 64))}
     if draw(st.booleans()):
-        mixture = draw(st.none() | st.one_of(_sigmoid(), st.builds(dict.__or__, _topk, _topk_more)))
+        mixture = draw(st.none() | st.one_of(_sigmoid(), st.builds(dict.__or__, _topk, _topk_more), _variable))
         tree["model"] = model(
             **draw(_some(rope_theta=_positive, rope_scaling=st.none() | _rope, norm_eps=_positive, init_std=_positive, qk_norm=st.booleans()))
         )
@@ -409,6 +415,7 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": moe({**_TOP2, "score": "sigmoid", "num_groups": 2, "top_groups": 3})}, "router.top_groups (3) is more than num_groups (2)"),
     ({"model": moe({**_TOP2, "score": "sigmoid", "num_groups": 8})}, "router.top_groups (1) groups have 1 experts, fewer than top_k (2)"),
     ({"model": moe({**_TOP2, "drop": "random"})}, "router.drop (random) has an effect only with capacity_factor"),
+    ({"model": moe({"type": "remoe", "controller_factor": 1.5})}, "model.moe.router.controller_factor (1.5) has an effect only with target_active"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": _OPEN}}, "upcycle.router.type (sigmoid_ste) does not belong to upcycle.method (llama_moe); use topk"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": {"type": "topk", "top_k": 9}}}, "upcycle.router.top_k (9) is more than num_experts (8)"),
     (_upcycle(granularity=2), "upcycle.granularity (2) has no effect with method: dsmoe; it is for virtual_groups"),
@@ -653,6 +660,7 @@ MODELS = {
     "topk": moe({"type": "topk", "top_k": 8}, qk_norm=True),
     "topk_mlp_noise": moe({"type": "topk", "top_k": 8, "gate": "mlp", "noise": True}),
     "topk_bias": moe({"type": "topk", "top_k": 8, "score": "sigmoid", "selection_bias": True}),
+    "remoe": moe({"type": "remoe"}),
 }
 
 

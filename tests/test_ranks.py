@@ -18,6 +18,8 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "dsmoe_by_layer": {"router": {"type": "sigmoid_ste", "target_active": 3.0, "sparsity_coef": 0.1, "target_over": "layer"}},
 }
 VARIABLE: dict[str, dict[str, Any]] = {
+    "remoe": {"router": {"type": "remoe", "target_active": 2.0, "sparsity_coef": 0.05}},
+    "remoe_plain": {"router": {"type": "remoe", "load_weighted": False, "sparsity_coef": 0.05}},
 }
 """Variable numbers of experts: ReMoE, XMoE, DynMoE, MoE++."""
 ASSIGNED: dict[str, dict[str, Any]] = {}

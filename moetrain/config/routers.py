@@ -262,3 +262,18 @@ class TopKRouter(RouterOptions):
 
     def default_active(self, num_experts: int) -> float:
         return self.top_k
+
+
+class ReMoERouter(BudgetOptions):
+    """ReMoE (arXiv 2412.14711): ReLU gates, held at a budget by an L1 loss with an adaptive coefficient."""
+
+    type: Literal["remoe"] = "remoe"
+    sparsity_coef: NonNegativeFloat = 1e-8
+    """Start value lambda_0, so small that training begins dense; with `target_active: null` it stays and so wants to be larger."""
+    controller_factor: Annotated[float, Field(gt=1)] = 1.2
+    """As in sigmoid_ste: alpha."""
+    load_weighted: bool = True
+    """An expert's gates are pushed in proportion to its load (L_reg,lb), which balances the experts too; false is the plain L1."""
+    init_std: PositiveFloat = 0.02
+
+    TRAINING: ClassVar[frozenset[str]] = BudgetOptions.TRAINING | {"load_weighted"}

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrain.config import ModelConfig, MoEConfig, SigmoidSteRouter, TopKRouter
+from moetrain.config import ModelConfig, MoEConfig, ReMoERouter, SigmoidSteRouter, TopKRouter
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.routing import TokenContext
 from tests.reference import ReferenceMoE
@@ -30,6 +30,9 @@ ROUTERS = {
     "sigmoid": TopKRouter(top_k=2, score="sigmoid", output_scale=2.5, selection_bias=True, balance_over="sequence"),
     "sigmoid_plain": TopKRouter(top_k=3, score="sigmoid", normalize=False, num_groups=5, top_groups=4),
     "cosine": TopKRouter(top_k=2, gate="cosine", capacity_factor=0.6, drop="probability"),
+    "remoe": ReMoERouter(),
+    "remoe_budget": ReMoERouter(target_active=1.5),
+    "remoe_plain": ReMoERouter(load_weighted=False),
 }
 
 
