@@ -107,7 +107,7 @@ def test_all_errors_at_once_with_the_nearest_key() -> None:
         "modle: unknown key; did you mean model?",
         "data.train.0.path: missing; it has no default",
         "data.seqlen: unknown key; did you mean data.seq_len?",
-        "model.moe.router.type: found 'top_k'; one of sigmoid_ste, topk, remoe",
+        "model.moe.router.type: found 'top_k'; one of sigmoid_ste, topk, remoe, xmoe",
         "parallel.ep: input should be a valid integer, found True",
         "lr: unknown key; did you mean train.lr?",
         "log: must be a section with keys of its own, found 3",
@@ -224,6 +224,8 @@ _variable = st.sampled_from(
     [
         {"type": "remoe"},
         {"type": "remoe", "target_active": 2.0, "controller_factor": 1.3, "target_over": "layer"},
+        {"type": "xmoe", "threshold": 0.0},
+        {"type": "xmoe", "target_active": 1.5, "max_experts": 4, "capacity_factor": 2.0, "normalize": True},
     ]
 )  # fmt: skip
 _topk = st.fixed_dictionaries(
@@ -416,6 +418,9 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": moe({**_TOP2, "score": "sigmoid", "num_groups": 8})}, "router.top_groups (1) groups have 1 experts, fewer than top_k (2)"),
     ({"model": moe({**_TOP2, "drop": "random"})}, "router.drop (random) has an effect only with capacity_factor"),
     ({"model": moe({"type": "remoe", "controller_factor": 1.5})}, "model.moe.router.controller_factor (1.5) has an effect only with target_active"),
+    ({"model": moe({"type": "xmoe", "max_experts": 9})}, "router.max_experts (9) is more than num_experts (8)"),
+    ({"model": moe({"type": "xmoe", "max_experts": 2, "target_active": 3.0})}, "router.target_active (3.0) is more than the 2 experts that a token can take"),
+    ({"model": moe({"type": "xmoe", "threshold": 1.0, "target_active": 3.0})}, "router.threshold (1.0) can't be moved to hold target_active"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": _OPEN}}, "upcycle.router.type (sigmoid_ste) does not belong to upcycle.method (llama_moe); use topk"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": {"type": "topk", "top_k": 9}}}, "upcycle.router.top_k (9) is more than num_experts (8)"),
     (_upcycle(granularity=2), "upcycle.granularity (2) has no effect with method: dsmoe; it is for virtual_groups"),
@@ -661,6 +666,8 @@ MODELS = {
     "topk_mlp_noise": moe({"type": "topk", "top_k": 8, "gate": "mlp", "noise": True}),
     "topk_bias": moe({"type": "topk", "top_k": 8, "score": "sigmoid", "selection_bias": True}),
     "remoe": moe({"type": "remoe"}),
+    "xmoe": moe({"type": "xmoe", "threshold": 1.0}),
+    "xmoe_target": moe({"type": "xmoe", "target_active": 2.0}),
 }
 
 
@@ -678,7 +685,7 @@ def test_num_params(name: str) -> None:
         assert config.num_active_params(active) == sum(built.values()) - experts * (1 - active / 8)
 
 
-@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk", "topk_mlp_noise", "topk_bias"])
+@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk", "topk_mlp_noise", "topk_bias", "xmoe"])
 @pytest.mark.parametrize("length", [8, 64])
 def test_flops_per_token(name: str, length: int) -> None:
     """Against torch's count of a forward pass in which every expert is active, number for number.

@@ -20,6 +20,8 @@ BUDGETS: dict[str, dict[str, Any]] = {
 VARIABLE: dict[str, dict[str, Any]] = {
     "remoe": {"router": {"type": "remoe", "target_active": 2.0, "sparsity_coef": 0.05}},
     "remoe_plain": {"router": {"type": "remoe", "load_weighted": False, "sparsity_coef": 0.05}},
+    "xmoe": {"router": {"type": "xmoe", "threshold": 0.6, "target_active": 2.0, "capacity_factor": 2.0, "balance_coef": 0.1}},
+    "xmoe_normalized": {"router": {"type": "xmoe", "threshold": 0.8, "normalize": True, "max_experts": 4, "balance_coef": 0.1}},
 }
 """Variable numbers of experts: ReMoE, XMoE, DynMoE, MoE++."""
 ASSIGNED: dict[str, dict[str, Any]] = {}

@@ -25,6 +25,7 @@ from moetrain.config.routers import (
     RouterOptions,
     SigmoidSteRouter,
     TopKRouter,
+    XMoERouter,
 )
 from moetrain.config.rules import check, check_world
 from moetrain.config.sections import (

@@ -5,12 +5,13 @@ A router is one section here, or in a file of the user's (docs/routers.md), and 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, GetCoreSchemaHandler
 from pydantic_core import core_schema
 
-from moetrain.config.base import NonNegativeFloat, Positive, PositiveFloat, Section
+from moetrain.config.base import Fraction, NonNegativeFloat, Positive, PositiveFloat, Section
 
 ROUTERS: dict[str, type[RouterOptions]] = {}
 """type -> section."""
@@ -277,3 +278,48 @@ class ReMoERouter(BudgetOptions):
     init_std: PositiveFloat = 0.02
 
     TRAINING: ClassVar[frozenset[str]] = BudgetOptions.TRAINING | {"load_weighted"}
+
+
+class XMoERouter(RouterOptions):
+    """XMoE (arXiv 2403.18926): a token takes its likeliest experts until their probabilities add up to a threshold."""
+
+    type: Literal["xmoe"] = "xmoe"
+    threshold: Fraction = 0.9
+    """t: 0 is the first choice alone, 1 is all experts. The start value when `target_active` is set."""
+    target_active: Annotated[float, Field(ge=1)] | None = None
+    """Mean routes per token that each layer holds by moving a threshold of its own; null keeps `threshold`."""
+    max_experts: Positive | None = None
+    """A token takes this many experts at most; null: no limit."""
+    normalize: bool = False
+    """Divide a token's weights by their sum; the authors' code keeps the probabilities."""
+    balance_coef: NonNegativeFloat = 0.01
+    """Coefficient of the load-balancing loss E * sum_e f_e P_e, f the share of the first choices, P the mean probability."""
+    capacity_factor: PositiveFloat | None = None
+    """In training an expert takes at most ceil(capacity_factor * tokens / num_experts) routes of each sequence: first choices before second
+    ones, each by probability; null drops none."""
+    init_std: PositiveFloat = 0.02
+
+    TRAINING: ClassVar[frozenset[str]] = RouterOptions.TRAINING | {"balance_coef", "capacity_factor"}
+
+    def problems(self, num_experts: int) -> list[str]:
+        bad = []
+        most = num_experts if self.max_experts is None else self.max_experts
+        if most > num_experts:
+            bad.append(f".max_experts ({self.max_experts}) is more than num_experts ({num_experts})")
+        elif self.target_active is not None and self.target_active > most:
+            bad.append(f".target_active ({self.target_active}) is more than the {most} experts that a token can take")
+        if self.target_active is not None and not 0 < self.threshold < 1:
+            bad.append(f".threshold ({self.threshold}) can't be moved to hold target_active; start strictly between 0 and 1")
+        return bad
+
+    def coefficients(self) -> dict[str, float]:
+        return {"balance": self.balance_coef}
+
+    def start_values(self, num_experts: int) -> dict[str, float | list[float]]:
+        return {"threshold": math.log(self.threshold / (1 - self.threshold))} if self.target_active is not None else {}
+
+    def num_params(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
+        return num_experts * hidden_size, int(self.target_active is not None)
+
+    def default_active(self, num_experts: int) -> float:
+        return self.target_active or self.max_experts or num_experts

@@ -15,6 +15,7 @@ from moetrain.config import (
     RopeScaling,
     SigmoidSteRouter,
     TopKRouter,
+    XMoERouter,
 )
 from moetrain.convert.huggingface import read_config, read_tensors, write_model
 from moetrain.generate import generate
@@ -40,6 +41,8 @@ MODELS = {
     "mlp_noise": dict(router=TopKRouter(top_k=2, gate="mlp", noise=True, cv_coef=0.01, capacity_factor=1.0)),
     "cosine": dict(router=TopKRouter(top_k=2, gate="cosine", cosine_temperature=0.1, second="random")),
     "remoe": dict(router=ReMoERouter(target_active=2.0)),
+    "xmoe": dict(router=XMoERouter(threshold=0.6, capacity_factor=1.0)),
+    "xmoe_target": dict(router=XMoERouter(target_active=2.0, max_experts=3, normalize=True)),
     "topk_odd_bias": dict(router=TopKRouter(top_k=2), o_bias=True),
     "qk_norm_tied_yarn": dict(router=SigmoidSteRouter(), qk_norm=True, tie_embeddings=True, rope_scaling=YARN),
     "biases_llama3": dict(router=SigmoidSteRouter(), qkv_bias=True, o_bias=True, rope_scaling=LLAMA3),

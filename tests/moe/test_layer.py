@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrain.config import ModelConfig, MoEConfig, ReMoERouter, SigmoidSteRouter, TopKRouter
+from moetrain.config import ModelConfig, MoEConfig, ReMoERouter, SigmoidSteRouter, TopKRouter, XMoERouter
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.routing import TokenContext
 from tests.reference import ReferenceMoE
@@ -33,6 +33,10 @@ ROUTERS = {
     "remoe": ReMoERouter(),
     "remoe_budget": ReMoERouter(target_active=1.5),
     "remoe_plain": ReMoERouter(load_weighted=False),
+    "xmoe": XMoERouter(threshold=0.7),
+    "xmoe_all": XMoERouter(threshold=1.0, normalize=True, max_experts=4),
+    "xmoe_first": XMoERouter(threshold=0.0, capacity_factor=1.0),
+    "xmoe_capacity": XMoERouter(target_active=2.0, capacity_factor=1.5, normalize=True),
 }
 
 
