@@ -107,7 +107,7 @@ def test_all_errors_at_once_with_the_nearest_key() -> None:
         "modle: unknown key; did you mean model?",
         "data.train.0.path: missing; it has no default",
         "data.seqlen: unknown key; did you mean data.seq_len?",
-        "model.moe.router.type: found 'top_k'; one of sigmoid_ste, topk, remoe, xmoe",
+        "model.moe.router.type: found 'top_k'; one of sigmoid_ste, topk, remoe, xmoe, dynmoe",
         "parallel.ep: input should be a valid integer, found True",
         "lr: unknown key; did you mean train.lr?",
         "log: must be a section with keys of its own, found 3",
@@ -226,6 +226,8 @@ _variable = st.sampled_from(
         {"type": "remoe", "target_active": 2.0, "controller_factor": 1.3, "target_over": "layer"},
         {"type": "xmoe", "threshold": 0.0},
         {"type": "xmoe", "target_active": 1.5, "max_experts": 4, "capacity_factor": 2.0, "normalize": True},
+        {"type": "dynmoe", "norm_coef": 0.0},
+        {"type": "dynmoe", "adapt_every": 5, "record_steps": 2, "start_experts": 3},
     ]
 )  # fmt: skip
 _topk = st.fixed_dictionaries(
@@ -421,6 +423,9 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": moe({"type": "xmoe", "max_experts": 9})}, "router.max_experts (9) is more than num_experts (8)"),
     ({"model": moe({"type": "xmoe", "max_experts": 2, "target_active": 3.0})}, "router.target_active (3.0) is more than the 2 experts that a token can take"),
     ({"model": moe({"type": "xmoe", "threshold": 1.0, "target_active": 3.0})}, "router.threshold (1.0) can't be moved to hold target_active"),
+    ({"model": moe({"type": "dynmoe", "start_experts": 4})}, "router.start_experts (4) has an effect only with adapt_every"),
+    ({"model": moe({"type": "dynmoe", "adapt_every": 4, "record_steps": 5})}, "router.record_steps (5) is more than adapt_every (4)"),
+    ({"model": moe({"type": "dynmoe", "adapt_every": 4, "start_experts": 9})}, "router.start_experts (9) is more than num_experts (8)"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": _OPEN}}, "upcycle.router.type (sigmoid_ste) does not belong to upcycle.method (llama_moe); use topk"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": {"type": "topk", "top_k": 9}}}, "upcycle.router.top_k (9) is more than num_experts (8)"),
     (_upcycle(granularity=2), "upcycle.granularity (2) has no effect with method: dsmoe; it is for virtual_groups"),
@@ -668,6 +673,8 @@ MODELS = {
     "remoe": moe({"type": "remoe"}),
     "xmoe": moe({"type": "xmoe", "threshold": 1.0}),
     "xmoe_target": moe({"type": "xmoe", "target_active": 2.0}),
+    "dynmoe": moe({"type": "dynmoe"}),
+    "dynmoe_slots": moe({"type": "dynmoe", "adapt_every": 10}),
 }
 
 

@@ -22,6 +22,13 @@ VARIABLE: dict[str, dict[str, Any]] = {
     "remoe_plain": {"router": {"type": "remoe", "load_weighted": False, "sparsity_coef": 0.05}},
     "xmoe": {"router": {"type": "xmoe", "threshold": 0.6, "target_active": 2.0, "capacity_factor": 2.0, "balance_coef": 0.1}},
     "xmoe_normalized": {"router": {"type": "xmoe", "threshold": 0.8, "normalize": True, "max_experts": 4, "balance_coef": 0.1}},
+    # In the third and last step slots without a route are freed and one is used anew.
+    "dynmoe": {
+        "router": {
+            "type": "dynmoe", "adapt_every": 3, "record_steps": 2, "start_experts": 6, "balance_coef": 0.1, "efficiency_coef": 0.1,
+            "orthogonality_coef": 0.1, "norm_coef": 0.1, "init_std": None,
+        },
+    },
 }
 """Variable numbers of experts: ReMoE, XMoE, DynMoE, MoE++."""
 ASSIGNED: dict[str, dict[str, Any]] = {}

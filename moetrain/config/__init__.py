@@ -20,6 +20,7 @@ from moetrain.config.reading import (
 )
 from moetrain.config.routers import (
     ROUTERS,
+    DynMoERouter,
     ReMoERouter,
     Router,
     RouterOptions,

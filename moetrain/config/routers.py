@@ -323,3 +323,58 @@ class XMoERouter(RouterOptions):
 
     def default_active(self, num_experts: int) -> float:
         return self.target_active or self.max_experts or num_experts
+
+
+class DynMoERouter(RouterOptions):
+    """DynMoE (arXiv 2405.14297): cosine scores above learned thresholds route; experts come and go while the model trains."""
+
+    type: Literal["dynmoe"] = "dynmoe"
+    adapt_every: Positive | None = None
+    """Every so many optimizer steps experts that nobody used are removed and, if a token used none, one is added; null: they stay."""
+    record_steps: Positive | None = None
+    """`adapt_every` only: the last steps of each period in which use is recorded; null: half of them, as in the authors' example."""
+    start_experts: Positive | None = None
+    """`adapt_every` only: experts at the start; the rest of `num_experts` are free slots. null: all."""
+    balance_coef: NonNegativeFloat = 0.01
+    """Coefficient of E * sum_e P_e f_e over the tokens that have a route: P the mean weight, f the share of the tokens that use e (the authors'
+    code; it multiplies the sum of its four losses by one coefficient)."""
+    efficiency_coef: NonNegativeFloat = 0.01
+    """Coefficient of the mean share of the slots that a token uses (the authors' code)."""
+    orthogonality_coef: NonNegativeFloat = 0.01
+    """Coefficient of the Frobenius norm of the experts' cosines less the unit matrix (the paper's diversity loss)."""
+    norm_coef: NonNegativeFloat = 0.01
+    """Coefficient of the mean norm of the experts' rows (the paper's simplicity loss)."""
+
+    TRAINING: ClassVar[frozenset[str]] = frozenset({"balance_coef", "efficiency_coef", "orthogonality_coef", "norm_coef", "record_steps"})
+    ORTHOGONAL: ClassVar[bool] = True
+
+    def idle(self) -> set[str]:
+        return set() if self.adapt_every is not None else {"record_steps", "start_experts"}
+
+    def problems(self, num_experts: int) -> list[str]:
+        bad = []
+        for name in sorted(self.idle() & self.model_fields_set):
+            if getattr(self, name) is not None:
+                bad.append(f".{name} ({getattr(self, name)}) has an effect only with adapt_every")
+        if self.adapt_every is not None and self.recorded_steps > self.adapt_every:
+            bad.append(f".record_steps ({self.record_steps}) is more than adapt_every ({self.adapt_every})")
+        if self.start_experts is not None and self.start_experts > num_experts:
+            bad.append(f".start_experts ({self.start_experts}) is more than num_experts ({num_experts})")
+        return bad
+
+    @property
+    def recorded_steps(self) -> int:
+        return self.record_steps or ((self.adapt_every or 0) + 1) // 2
+
+    def coefficients(self) -> dict[str, float]:
+        return {
+            "balance": self.balance_coef, "efficiency": self.efficiency_coef, "orthogonality": self.orthogonality_coef, "norm": self.norm_coef,
+        }  # fmt: skip
+
+    def start_values(self, num_experts: int) -> dict[str, float | list[float]]:
+        present = num_experts if self.start_experts is None else self.start_experts
+        return {"threshold": 0.0, "mask": [1.0] * present + [0.0] * (num_experts - present), "used": 0.0, "unrouted": 0.0, "clock": 0.0}
+
+    def num_params(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
+        state = 0 if self.adapt_every is None else 2 * num_experts + hidden_size + 1
+        return num_experts * hidden_size, num_experts + state

@@ -8,6 +8,7 @@ import torch
 import transformers as hf
 
 from moetrain.config import (
+    DynMoERouter,
     GenerateConfig,
     ModelConfig,
     MoEConfig,
@@ -43,6 +44,8 @@ MODELS = {
     "remoe": dict(router=ReMoERouter(target_active=2.0)),
     "xmoe": dict(router=XMoERouter(threshold=0.6, capacity_factor=1.0)),
     "xmoe_target": dict(router=XMoERouter(target_active=2.0, max_experts=3, normalize=True)),
+    "dynmoe": dict(router=DynMoERouter(), num_experts=8),
+    "dynmoe_slots": dict(router=DynMoERouter(adapt_every=10, start_experts=5), num_experts=8),
     "topk_odd_bias": dict(router=TopKRouter(top_k=2), o_bias=True),
     "qk_norm_tied_yarn": dict(router=SigmoidSteRouter(), qk_norm=True, tie_embeddings=True, rope_scaling=YARN),
     "biases_llama3": dict(router=SigmoidSteRouter(), qkv_bias=True, o_bias=True, rope_scaling=LLAMA3),

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrain.config import ModelConfig, MoEConfig, ReMoERouter, SigmoidSteRouter, TopKRouter, XMoERouter
+from moetrain.config import DynMoERouter, ModelConfig, MoEConfig, ReMoERouter, SigmoidSteRouter, TopKRouter, XMoERouter
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.routing import TokenContext
 from tests.reference import ReferenceMoE
@@ -37,6 +37,7 @@ ROUTERS = {
     "xmoe_all": XMoERouter(threshold=1.0, normalize=True, max_experts=4),
     "xmoe_first": XMoERouter(threshold=0.0, capacity_factor=1.0),
     "xmoe_capacity": XMoERouter(target_active=2.0, capacity_factor=1.5, normalize=True),
+    "dynmoe": DynMoERouter(),
 }
 
 
