@@ -107,7 +107,7 @@ def test_all_errors_at_once_with_the_nearest_key() -> None:
         "modle: unknown key; did you mean model?",
         "data.train.0.path: missing; it has no default",
         "data.seqlen: unknown key; did you mean data.seq_len?",
-        "model.moe.router.type: found 'top_k'; one of sigmoid_ste, topk, remoe, xmoe, dynmoe",
+        "model.moe.router.type: found 'top_k'; one of sigmoid_ste, topk, remoe, xmoe, dynmoe, moepp",
         "parallel.ep: input should be a valid integer, found True",
         "lr: unknown key; did you mean train.lr?",
         "log: must be a section with keys of its own, found 3",
@@ -222,12 +222,9 @@ def _sigmoid(draw: st.DrawFn) -> dict[str, Any]:
 
 _variable = st.sampled_from(
     [
-        {"type": "remoe"},
-        {"type": "remoe", "target_active": 2.0, "controller_factor": 1.3, "target_over": "layer"},
-        {"type": "xmoe", "threshold": 0.0},
-        {"type": "xmoe", "target_active": 1.5, "max_experts": 4, "capacity_factor": 2.0, "normalize": True},
-        {"type": "dynmoe", "norm_coef": 0.0},
-        {"type": "dynmoe", "adapt_every": 5, "record_steps": 2, "start_experts": 3},
+        {"type": "remoe"}, {"type": "remoe", "target_active": 2.0, "controller_factor": 1.3, "target_over": "layer"}, {"type": "xmoe", "threshold": 0.0},
+        {"type": "xmoe", "target_active": 1.5, "max_experts": 4, "capacity_factor": 2.0, "normalize": True}, {"type": "dynmoe", "norm_coef": 0.0},
+        {"type": "dynmoe", "adapt_every": 5, "record_steps": 2, "start_experts": 3}, {"type": "moepp", "top_k": 3, "capacity_factor": None, "num_zero": 0},
     ]
 )  # fmt: skip
 _topk = st.fixed_dictionaries(
@@ -426,6 +423,8 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": moe({"type": "dynmoe", "start_experts": 4})}, "router.start_experts (4) has an effect only with adapt_every"),
     ({"model": moe({"type": "dynmoe", "adapt_every": 4, "record_steps": 5})}, "router.record_steps (5) is more than adapt_every (4)"),
     ({"model": moe({"type": "dynmoe", "adapt_every": 4, "start_experts": 9})}, "router.start_experts (9) is more than num_experts (8)"),
+    ({"model": moe({"type": "moepp", "num_zero": 0, "num_copy": 0, "num_constant": 0})}, "router: num_zero, num_copy and num_constant are 0"),
+    ({"model": moe({"type": "moepp", "top_k": 13})}, "router.top_k (13) is more than the 8 FFN experts and the 4 others"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": _OPEN}}, "upcycle.router.type (sigmoid_ste) does not belong to upcycle.method (llama_moe); use topk"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": {"type": "topk", "top_k": 9}}}, "upcycle.router.top_k (9) is more than num_experts (8)"),
     (_upcycle(granularity=2), "upcycle.granularity (2) has no effect with method: dsmoe; it is for virtual_groups"),
@@ -675,6 +674,8 @@ MODELS = {
     "xmoe_target": moe({"type": "xmoe", "target_active": 2.0}),
     "dynmoe": moe({"type": "dynmoe"}),
     "dynmoe_slots": moe({"type": "dynmoe", "adapt_every": 10}),
+    "moepp": moe({"type": "moepp", "top_k": 12, "tau": 1.0}),
+    "moepp_plain": moe({"type": "moepp", "num_constant": 0, "gating_residual": False}),
 }
 
 
@@ -692,7 +693,7 @@ def test_num_params(name: str) -> None:
         assert config.num_active_params(active) == sum(built.values()) - experts * (1 - active / 8)
 
 
-@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk", "topk_mlp_noise", "topk_bias", "xmoe"])
+@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk", "topk_mlp_noise", "topk_bias", "xmoe", "moepp"])
 @pytest.mark.parametrize("length", [8, 64])
 def test_flops_per_token(name: str, length: int) -> None:
     """Against torch's count of a forward pass in which every expert is active, number for number.

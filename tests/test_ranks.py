@@ -29,6 +29,8 @@ VARIABLE: dict[str, dict[str, Any]] = {
             "orthogonality_coef": 0.1, "norm_coef": 0.1, "init_std": None,
         },
     },
+    "moepp": {"router": {"type": "moepp", "top_k": 3, "capacity_factor": 0.8, "balance_coef": 0.1}},
+    "moepp_normalized": {"router": {"type": "moepp", "normalize": True, "num_constant": 1, "gating_residual": False, "balance_coef": 0.1}},
 }
 """Variable numbers of experts: ReMoE, XMoE, DynMoE, MoE++."""
 ASSIGNED: dict[str, dict[str, Any]] = {}

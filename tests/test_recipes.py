@@ -33,6 +33,7 @@ RECIPES: dict[str, tuple[float, dict[str, Any]]] = {
     "remoe": (0.757, dict(type="remoe", target_active=1.0, sparsity_coef=1e-8, controller_factor=1.2, load_weighted=True, init_std=0.01)),
     "xmoe": (0.7856, dict(type="xmoe", threshold=0.9, capacity_factor=8.0)),
     "dynmoe": (0.7571, dict(type="dynmoe", start_experts=8, adapt_every=1000, record_steps=500)),
+    "moepp": (0.5821, dict(type="moepp", top_k=2, num_zero=1, num_copy=1, num_constant=2, tau=0.75, capacity_factor=1.1)),
 }  # fmt: skip
 
 

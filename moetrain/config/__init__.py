@@ -21,6 +21,7 @@ from moetrain.config.reading import (
 from moetrain.config.routers import (
     ROUTERS,
     DynMoERouter,
+    MoEppRouter,
     ReMoERouter,
     Router,
     RouterOptions,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, GetCoreSchemaHandler
 from pydantic_core import core_schema
 
-from moetrain.config.base import Fraction, NonNegativeFloat, Positive, PositiveFloat, Section
+from moetrain.config.base import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 
 ROUTERS: dict[str, type[RouterOptions]] = {}
 """type -> section."""
@@ -378,3 +378,54 @@ class DynMoERouter(RouterOptions):
     def num_params(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
         state = 0 if self.adapt_every is None else 2 * num_experts + hidden_size + 1
         return num_experts * hidden_size, num_experts + state
+
+
+class MoEppRouter(RouterOptions):
+    """MoE++ (arXiv 2410.07348): beside the FFN experts there are zero, copy and constant experts, which cost next to nothing."""
+
+    type: Literal["moepp"] = "moepp"
+    top_k: Positive = 2
+    """Experts of either kind that a token chooses."""
+    num_zero: NonNegative = 1
+    """Experts whose output is 0."""
+    num_copy: NonNegative = 1
+    """Experts whose output is their input."""
+    num_constant: NonNegative = 2
+    """Experts that mix their input with a learned vector."""
+    gating_residual: bool = True
+    """A layer's logits get those of the MoE layer before, through a learned matrix (pathway-aware router)."""
+    normalize: bool = False
+    """Divide a token's weights by the sum of those of other experts than zero experts (the authors' code; the paper keeps the softmax)."""
+    tau: PositiveFloat = 0.75
+    """Share of the work of an FFN expert that the balance loss and the capacity mean for it, against 1 of a zero-cost expert; smaller sends more
+    tokens to those."""
+    balance_coef: NonNegativeFloat = 0.01
+    """beta: coefficient of sum_i eta_i f_i P_i."""
+    capacity_factor: PositiveFloat | None = 1.1
+    """gamma: in training an expert takes at most so many times its share of a sequence's choices; null drops none."""
+    init_std: PositiveFloat = 0.02
+
+    TRAINING: ClassVar[frozenset[str]] = RouterOptions.TRAINING | {"tau", "balance_coef", "capacity_factor"}
+
+    @property
+    def num_light(self) -> int:
+        return self.num_zero + self.num_copy + self.num_constant
+
+    def problems(self, num_experts: int) -> list[str]:
+        bad = []
+        if not self.num_light:
+            bad.append(": num_zero, num_copy and num_constant are 0; without such experts use type: topk")
+        if self.top_k > num_experts + self.num_light:
+            bad.append(f".top_k ({self.top_k}) is more than the {num_experts} FFN experts and the {self.num_light} others")
+        return bad
+
+    def coefficients(self) -> dict[str, float]:
+        return {"balance": self.balance_coef}
+
+    def num_params(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
+        total = num_experts + self.num_light
+        return total * (hidden_size + total * self.gating_residual) + 3 * self.num_constant * hidden_size, 0
+
+    def default_active(self, num_experts: int) -> float:
+        # The share that balance aims at.
+        return min(num_experts, self.top_k * self.tau * num_experts / (self.tau * num_experts + self.num_light))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrain.config import DynMoERouter, ModelConfig, MoEConfig, ReMoERouter, SigmoidSteRouter, TopKRouter, XMoERouter
+from moetrain.config import DynMoERouter, ModelConfig, MoEConfig, MoEppRouter, ReMoERouter, SigmoidSteRouter, TopKRouter, XMoERouter
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.routing import TokenContext
 from tests.reference import ReferenceMoE
@@ -38,6 +38,9 @@ ROUTERS = {
     "xmoe_first": XMoERouter(threshold=0.0, capacity_factor=1.0),
     "xmoe_capacity": XMoERouter(target_active=2.0, capacity_factor=1.5, normalize=True),
     "dynmoe": DynMoERouter(),
+    "moepp": MoEppRouter(),
+    "moepp_normalized": MoEppRouter(normalize=True, tau=0.5, capacity_factor=0.8, num_copy=2, num_constant=1, top_k=3),
+    "moepp_zero": MoEppRouter(num_copy=0, num_constant=0, num_zero=3, gating_residual=False, capacity_factor=None),
 }
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from moetrain.config import ModelConfig
-from moetrain.moe.routers import dynmoe, remoe, sigmoid_ste, topk, xmoe
+from moetrain.moe.routers import dynmoe, moepp, remoe, sigmoid_ste, topk, xmoe
 from moetrain.moe.routers.base import MODULES, router_for
 
-__all__ = ["build_router", "changes_after_step", "dynmoe", "remoe", "router_for", "sigmoid_ste", "topk", "xmoe"]
+__all__ = ["build_router", "changes_after_step", "dynmoe", "moepp", "remoe", "router_for", "sigmoid_ste", "topk", "xmoe"]
 
 
 def build_router(config: ModelConfig, layer: int) -> nn.Module:
