@@ -240,30 +240,37 @@ def initial_tensor(name: str, shape: Sequence[int], config: ModelConfig, seed: i
 
     A function of name, shape, config and seed alone, so every layout of ranks starts from the same weights. Norms are 1, biases 0 (the
     router's: `bias_init`), the weights of a router's noise and its own statistics 0, matrices normal; what writes into the residual stream is
-    divided by sqrt(2 * num_layers) (GPT-2; with Finedeep's M sub-layers (1 + M) * num_layers). What a router has a value of its own for
-    (`routers.start_value`) starts with that.
+    divided by sqrt(2 * num_layers) (GPT-2; with Finedeep's M sub-layers (1 + M) * num_layers). A router may say
+    otherwise (`routers.start_value`, its options' `start_values` and `ORTHOGONAL`).
     """
     value = start_value(config, name, shape)
     if value is not None:
         return value
     if name.endswith("norm.weight") or ".norms." in name:
         return torch.ones(*shape, device="cpu")
+    router = None if config.moe is None or ".router." not in name else config.moe.router
+    if router is not None and config.moe is not None:
+        start = router.start_values(config.moe.num_experts).get(name.rpartition(".")[2])
+        if start is not None:
+            return torch.tensor(start, dtype=torch.float32, device="cpu").expand(tuple(shape)).contiguous()
     if name.endswith((".selection_bias", ".noise", ".cut")):
         return torch.zeros(*shape, device="cpu")
     if name.endswith(".bias"):
         value = getattr(config.moe.router, "bias_init", 0.0) if config.moe is not None and name.endswith("router.bias") else 0.0
         return torch.full(tuple(shape), value, device="cpu")
     std = config.init_std
-    # A router's own name may lie between: each stratum has one.
-    if config.moe is not None and ".router." in name and name.endswith((".weight", ".output")):
-        std = config.moe.router.init_std
+    if router is not None:
+        std = router.init_std if "init_std" in type(router).model_fields else std
     elif name.endswith(("o_proj.weight", "down_proj.weight", ".down")):
         # So many summands of a layer go into the stream.
         writes = 2 if config.finedeep is None else 1 + config.finedeep.sublayers
         std /= math.sqrt(writes * config.num_layers)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.empty(tuple(shape), device="cpu").normal_(0, std, generator=generator)
+    tensor = torch.empty(tuple(shape), device="cpu")
+    if router is not None and router.ORTHOGONAL and name.endswith("router.weight"):
+        return nn.init.orthogonal_(tensor, generator=generator)
+    return tensor.normal_(0, std, generator=generator)
 
 
 @torch.no_grad()

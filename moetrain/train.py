@@ -34,7 +34,7 @@ from moetrain.moe.routers import changes_after_step
 from moetrain.moe.routing import StepCounts
 from moetrain.parallel.grads import gradient_norm, scale_gradients
 from moetrain.parallel.mesh import build_meshes, start_processes
-from moetrain.parallel.parallelize import add_whole
+from moetrain.parallel.parallelize import add_whole, clear_where
 
 
 def learning_rate_factor(step: int, steps: int, schedule: ScheduleConfig) -> float:
@@ -281,6 +281,9 @@ class Trainer:
             self.optimizer.step()
             for name, change in changes_after_step(self.model, totals.loads, totals.sums):
                 add_whole(self.parameters[name], change)
+                # What was set from outside has no past: AdamW's moments of these entries are of what was there before.
+                for moment in ("exp_avg", "exp_avg_sq") if self.parameters[name].requires_grad else ():
+                    clear_where(self.optimizer.state[self.parameters[name]][moment], change)
             self.updates += 1
         self.optimizer.zero_grad(set_to_none=True)
 

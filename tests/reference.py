@@ -14,6 +14,7 @@ from moetrain.moe.routers import build_router
 from moetrain.moe.routing import LayerReport, TokenContext, uniform
 from tests.reference_assigned import ASSIGNED, assigned_layer
 from tests.reference_topk import topk_layer
+from tests.reference_variable import variable_layer
 
 
 def expert(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -40,6 +41,10 @@ class ReferenceMoE(nn.Module):
             self.router.output = nn.Parameter(torch.empty(E, E)) if moe.router.gate == "mlp" else None
             self.router.noise = nn.Parameter(torch.empty(E, D)) if moe.router.noise else None
             self.router.selection_bias = nn.Parameter(torch.empty(E), requires_grad=False) if moe.router.selection_bias else None
+        if not isinstance(moe.router, (SigmoidSteRouter, TopKRouter)):
+            self.router = nn.Module()
+            for name, p in build_router(config, layer).named_parameters():  # for the names and shapes alone
+                self.router.register_parameter(name, nn.Parameter(torch.empty_like(p), requires_grad=p.requires_grad))
         self.experts = nn.Module()
         self.experts.gate_up = nn.Parameter(torch.empty(moe.num_experts, 2 * moe.expert_dim, config.hidden_size))
         self.experts.down = nn.Parameter(torch.empty(moe.num_experts, config.hidden_size, moe.expert_dim))
@@ -49,6 +54,8 @@ class ReferenceMoE(nn.Module):
             return topk_layer(self, x, context)
         if type(self.options) in ASSIGNED:
             return assigned_layer(self, x, context)
+        if not isinstance(self.options, SigmoidSteRouter):
+            return variable_layer(self, x, context)
         valid = [True] * len(x) if context.valid is None else context.valid.tolist()
         num_tokens = context.num_tokens if context.num_tokens is not None else sum(valid)
         outputs, losses, counts = [], [], torch.zeros(self.config.moe.num_experts, dtype=torch.float64)

@@ -225,6 +225,13 @@ def _sigmoid(draw: st.DrawFn) -> dict[str, Any]:
     return {"type": "sigmoid_ste", **router}
 
 
+_variable = st.sampled_from(
+    [
+        {"type": "remoe"}, {"type": "remoe", "target_active": 2.0, "controller_factor": 1.3, "target_over": "layer"}, {"type": "xmoe", "threshold": 0.0},
+        {"type": "xmoe", "target_active": 1.5, "max_experts": 4, "capacity_factor": 2.0, "normalize": True}, {"type": "dynmoe", "norm_coef": 0.0},
+        {"type": "dynmoe", "adapt_every": 5, "record_steps": 2, "start_experts": 3}, {"type": "moepp", "top_k": 3, "capacity_factor": None, "num_zero": 0},
+    ]
+)  # fmt: skip
 _topk = st.fixed_dictionaries(
     {"type": st.just("topk"), "top_k": st.integers(1, 8)},
     optional={
@@ -287,7 +294,7 @@ def trees(draw: st.DrawFn) -> dict[str, Any]:
         data["train"] = [{**s, "weight": draw(_positive)} for s in data["train"]]
     tree["data"] = {**data, "seq_len": draw(st.integers(2, 64))}
     if draw(st.booleans()):
-        mixture = draw(st.none() | st.one_of(_sigmoid(), _assigned, st.builds(dict.__or__, _topk, _topk_more)))
+        mixture = draw(st.none() | st.one_of(_sigmoid(), _assigned, st.builds(dict.__or__, _topk, _topk_more), _variable))
         tree["model"] = model(
             **draw(_some(rope_theta=_positive, rope_scaling=st.none() | _rope, norm_eps=_positive, init_std=_positive, qk_norm=st.booleans()))
         )
@@ -476,6 +483,15 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": moe(_TASKS), "data": {"train": [{"name": n, "path": n} for n in ("en", "de", "fr")]}}, "data.train: 'fr' is no task of model.moe.router; its tasks are en, de"),
     ({"model": moe(_TASKS), "data": {"eval": [{"name": "en_valid", "path": "p"}]}}, "data.eval: 'en_valid' is no task of model.moe.router; give en_valid a task, one of en, de"),
     ({"model": moe(), "data": {"eval": [{"name": "en", "path": "p", "task": "en"}]}}, "data.eval: the task of en (en) has an effect only with"),
+    ({"model": moe({"type": "remoe", "controller_factor": 1.5})}, "model.moe.router.controller_factor (1.5) has an effect only with target_active"),
+    ({"model": moe({"type": "xmoe", "max_experts": 9})}, "router.max_experts (9) is more than num_experts (8)"),
+    ({"model": moe({"type": "xmoe", "max_experts": 2, "target_active": 3.0})}, "router.target_active (3.0) is more than the 2 experts that a token can take"),
+    ({"model": moe({"type": "xmoe", "threshold": 1.0, "target_active": 3.0})}, "router.threshold (1.0) can't be moved to hold target_active"),
+    ({"model": moe({"type": "dynmoe", "start_experts": 4})}, "router.start_experts (4) has an effect only with adapt_every"),
+    ({"model": moe({"type": "dynmoe", "adapt_every": 4, "record_steps": 5})}, "router.record_steps (5) is more than adapt_every (4)"),
+    ({"model": moe({"type": "dynmoe", "adapt_every": 4, "start_experts": 9})}, "router.start_experts (9) is more than num_experts (8)"),
+    ({"model": moe({"type": "moepp", "num_zero": 0, "num_copy": 0, "num_constant": 0})}, "router: num_zero, num_copy and num_constant are 0"),
+    ({"model": moe({"type": "moepp", "top_k": 13})}, "router.top_k (13) is more than the 8 FFN experts and the 4 others"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": _OPEN}}, "upcycle.router.type (sigmoid_ste) does not belong to upcycle.method (llama_moe); use topk"),
     ({"upcycle": {"dense": "a", "output": "b", "method": "llama_moe", "router": {"type": "topk", "top_k": 9}}}, "upcycle.router.top_k (9) is more than num_experts (8)"),
     (_upcycle(granularity=2), "upcycle.granularity (2) has no effect with method: dsmoe; it is for virtual_groups"),
@@ -757,6 +773,13 @@ MODELS = {
     "nexus": moe({"type": "nexus", "domain_dim": 5, "projection_dim": 12}),
     "language_family": moe({"type": "language_family", "top_k": 8, "languages": {"en": 0}}),
     "expert_choice": moe({"type": "expert_choice", "capacity_factor": 8.0}),
+    "remoe": moe({"type": "remoe"}),
+    "xmoe": moe({"type": "xmoe", "threshold": 1.0}),
+    "xmoe_target": moe({"type": "xmoe", "target_active": 2.0}),
+    "dynmoe": moe({"type": "dynmoe"}),
+    "dynmoe_slots": moe({"type": "dynmoe", "adapt_every": 10}),
+    "moepp": moe({"type": "moepp", "top_k": 12, "tau": 1.0}),
+    "moepp_plain": moe({"type": "moepp", "num_constant": 0, "gating_residual": False}),
 }
 
 
@@ -774,7 +797,7 @@ def test_num_params(name: str) -> None:
         assert config.num_active_params(active) == sum(built.values()) - experts * (1 - active / 8)
 
 
-@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk", "budget", "topk_mlp_noise", "topk_bias", "language_family", "hash", "some_sparse", "shared_gate", "shared_coefficient", "mla", "mla_plain", "unequal", "finedeep"])
+@pytest.mark.parametrize("name", ["plain", "tied", "qk_norm", "sigmoid_bias", "topk", "budget", "topk_mlp_noise", "topk_bias", "xmoe", "moepp", "language_family", "hash", "some_sparse", "shared_gate", "shared_coefficient", "mla", "mla_plain", "unequal", "finedeep"])
 @pytest.mark.parametrize("length", [8, 64])
 def test_flops_per_token(name: str, length: int) -> None:
     """Against torch's count of a forward pass in which every expert is active, number for number.

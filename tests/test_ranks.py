@@ -24,7 +24,21 @@ BUDGETS: dict[str, dict[str, Any]] = {
     },
     "budget_normalized": {"router": {"type": "budget", "target_active": 2.5, "rank_by": "logit"}},
 }
-VARIABLE: dict[str, dict[str, Any]] = {}
+VARIABLE: dict[str, dict[str, Any]] = {
+    "remoe": {"router": {"type": "remoe", "target_active": 2.0, "sparsity_coef": 0.05}},
+    "remoe_plain": {"router": {"type": "remoe", "load_weighted": False, "sparsity_coef": 0.05}},
+    "xmoe": {"router": {"type": "xmoe", "threshold": 0.6, "target_active": 2.0, "capacity_factor": 2.0, "balance_coef": 0.1}},
+    "xmoe_normalized": {"router": {"type": "xmoe", "threshold": 0.8, "normalize": True, "max_experts": 4, "balance_coef": 0.1}},
+    # In the third and last step slots without a route are freed and one is used anew.
+    "dynmoe": {
+        "router": {
+            "type": "dynmoe", "adapt_every": 3, "record_steps": 2, "start_experts": 6, "balance_coef": 0.1, "efficiency_coef": 0.1,
+            "orthogonality_coef": 0.1, "norm_coef": 0.1, "init_std": None,
+        },
+    },
+    "moepp": {"router": {"type": "moepp", "top_k": 3, "capacity_factor": 0.8, "balance_coef": 0.1}},
+    "moepp_normalized": {"router": {"type": "moepp", "normalize": True, "num_constant": 1, "gating_residual": False, "balance_coef": 0.1}},
+}
 """Variable numbers of experts: ReMoE, XMoE, DynMoE, MoE++."""
 ASSIGNED: dict[str, dict[str, Any]] = {
     "base_layers": {"router": {"type": "base_layers"}},

@@ -10,13 +10,13 @@ import torch
 
 from moetrain.cli import main
 from moetrain.config import (
+    ROUTERS,
     BaseLayersRouter,
     ExpertChoiceRouter,
     HashRouter,
     LanguageFamilyRouter,
     ModelConfig,
     RouterOptions,
-    TopKRouter,
     UpcycleConfig,
     load_config,
 )
@@ -45,6 +45,10 @@ RECIPES: dict[str, tuple[float, dict[str, Any] | RouterOptions | None]] = {
     "post_moe": (70.35, LanguageFamilyRouter(languages={name: i for i, name in enumerate("ar de en es fr hi it ja ko pt ru zh".split())})),
     "hash": (9.816, HashRouter(frequencies="data/corpus.counts.json")),
     "openmoe": (9.305, dict(top_k=2, capacity_factor=2.0, z_coef=1e-4)),
+    "remoe": (0.757, dict(type="remoe", target_active=1.0, sparsity_coef=1e-8, controller_factor=1.2, load_weighted=True, init_std=0.01)),
+    "xmoe": (0.7856, dict(type="xmoe", threshold=0.9, capacity_factor=8.0)),
+    "dynmoe": (0.7571, dict(type="dynmoe", start_experts=8, adapt_every=1000, record_steps=500)),
+    "moepp": (0.5821, dict(type="moepp", top_k=2, num_zero=1, num_copy=1, num_constant=2, tau=0.75, capacity_factor=1.1)),
 }  # fmt: skip
 
 
@@ -56,7 +60,8 @@ def test_recipe(name, capsys):
     config = load_config(path)
     billions, router = RECIPES[name]
     if router is not None:
-        assert config.model.moe.router == (router if isinstance(router, RouterOptions) else TopKRouter(**router))
+        wanted = router if isinstance(router, RouterOptions) else ROUTERS[router.get("type", "topk")](**router)
+        assert config.model.moe.router == wanted
     with torch.device("meta"):
         model = Transformer(config.model)
     count = sum(p.numel() for p in model.parameters())

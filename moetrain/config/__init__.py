@@ -32,15 +32,19 @@ from moetrain.config.routers import (
     ROUTERS,
     BaseLayersRouter,
     BudgetRouter,
+    DynMoERouter,
     ExpertChoiceRouter,
     HashRouter,
     LanguageFamilyRouter,
+    MoEppRouter,
     NexusRouter,
+    ReMoERouter,
     Router,
     RouterOptions,
     SigmoidSteRouter,
     TaskRouter,
     TopKRouter,
+    XMoERouter,
 )
 from moetrain.config.rules import check, check_world
 from moetrain.config.sections import (

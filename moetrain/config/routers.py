@@ -5,12 +5,13 @@ A router is one section here, or in a file of the user's (docs/routers.md), and 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, GetCoreSchemaHandler
 from pydantic_core import core_schema
 
-from moetrain.config.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, Seed
+from moetrain.config.base import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, Seed
 
 ROUTERS: dict[str, type[RouterOptions]] = {}
 """type -> section."""
@@ -31,6 +32,8 @@ class RouterOptions(Section):
 
     TRAINING: ClassVar[frozenset[str]] = frozenset({"init_std", "bias_init"})
     """Options that say how the model is trained and not what it computes: they may change when a run goes on."""
+    ORTHOGONAL: ClassVar[bool] = False
+    """The experts' rows start orthogonal to each other, with norm 1, instead of normal."""
 
     ROW_PER_EXPERT: ClassVar[bool] = True
     """Every parameter has a row for each expert, so that virtual groups can repeat them."""
@@ -41,6 +44,10 @@ class RouterOptions(Section):
 
     def coefficients(self) -> dict[str, float]:
         """Loss that the router reports -> its coefficient (the start value, where a controller moves it)."""
+        return {}
+
+    def start_values(self, num_experts: int) -> dict[str, float | list[float]]:
+        """The router's parameter -> its start value, one for all entries or one for each along dim 0; those that are not named are drawn."""
         return {}
 
     def num_params(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
@@ -98,8 +105,8 @@ class BudgetOptions(RouterOptions):
     target_over: Literal["model", "layer"] = "model"
     """`target_active` only: the mean over all layers is held, by one coefficient, or that of each layer, by one of its own."""
     controller_factor: Annotated[float, Field(gt=1)] = 1.05
-    """`target_active` only. Largest factor by which the controller changes the coefficient in a step (ReMoE has 1.2, with 500 times the tokens per
-    step)."""
+    """`target_active` only. Largest factor by which the controller changes the coefficient in a step for the distance to the target; how the mean
+    moves comes on top (ReMoE has 1.2)."""
 
     TRAINING: ClassVar[frozenset[str]] = RouterOptions.TRAINING | {"sparsity_coef", "target_active", "target_over", "controller_factor"}
 
@@ -315,6 +322,172 @@ class TopKRouter(RouterOptions):
 
     def default_active(self, num_experts: int) -> float:
         return self.top_k
+
+
+class ReMoERouter(BudgetOptions):
+    """ReMoE (arXiv 2412.14711): ReLU gates, held at a budget by an L1 loss with an adaptive coefficient."""
+
+    type: Literal["remoe"] = "remoe"
+    sparsity_coef: NonNegativeFloat = 1e-8
+    """Start value lambda_0, so small that training begins dense; with `target_active: null` it stays and so wants to be larger."""
+    controller_factor: Annotated[float, Field(gt=1)] = 1.2
+    """As in sigmoid_ste: alpha."""
+    load_weighted: bool = True
+    """An expert's gates are pushed in proportion to its load (L_reg,lb), which balances the experts too; false is the plain L1."""
+    init_std: PositiveFloat = 0.02
+
+    TRAINING: ClassVar[frozenset[str]] = BudgetOptions.TRAINING | {"load_weighted"}
+
+
+class XMoERouter(RouterOptions):
+    """XMoE (arXiv 2403.18926): a token takes its likeliest experts until their probabilities add up to a threshold."""
+
+    type: Literal["xmoe"] = "xmoe"
+    threshold: Fraction = 0.9
+    """t: 0 is the first choice alone, 1 is all experts. The start value when `target_active` is set."""
+    target_active: Annotated[float, Field(ge=1)] | None = None
+    """Mean routes per token that each layer holds by moving a threshold of its own; null keeps `threshold`."""
+    max_experts: Positive | None = None
+    """A token takes this many experts at most; null: no limit."""
+    normalize: bool = False
+    """Divide a token's weights by their sum; the authors' code keeps the probabilities."""
+    balance_coef: NonNegativeFloat = 0.01
+    """Coefficient of the load-balancing loss E * sum_e f_e P_e, f the share of the first choices, P the mean probability."""
+    capacity_factor: PositiveFloat | None = None
+    """In training an expert takes at most ceil(capacity_factor * tokens / num_experts) routes of each sequence: first choices before second
+    ones, each by probability; null drops none."""
+    init_std: PositiveFloat = 0.02
+
+    TRAINING: ClassVar[frozenset[str]] = RouterOptions.TRAINING | {"balance_coef", "capacity_factor"}
+
+    def problems(self, num_experts: int) -> list[str]:
+        bad = []
+        most = num_experts if self.max_experts is None else self.max_experts
+        if most > num_experts:
+            bad.append(f".max_experts ({self.max_experts}) is more than num_experts ({num_experts})")
+        elif self.target_active is not None and self.target_active > most:
+            bad.append(f".target_active ({self.target_active}) is more than the {most} experts that a token can take")
+        if self.target_active is not None and not 0 < self.threshold < 1:
+            bad.append(f".threshold ({self.threshold}) can't be moved to hold target_active; start strictly between 0 and 1")
+        return bad
+
+    def coefficients(self) -> dict[str, float]:
+        return {"balance": self.balance_coef}
+
+    def start_values(self, num_experts: int) -> dict[str, float | list[float]]:
+        return {"threshold": math.log(self.threshold / (1 - self.threshold))} if self.target_active is not None else {}
+
+    def num_params(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
+        return num_experts * hidden_size, int(self.target_active is not None)
+
+    def default_active(self, num_experts: int) -> float:
+        return self.target_active or self.max_experts or num_experts
+
+
+class DynMoERouter(RouterOptions):
+    """DynMoE (arXiv 2405.14297): cosine scores above learned thresholds route; experts come and go while the model trains."""
+
+    type: Literal["dynmoe"] = "dynmoe"
+    adapt_every: Positive | None = None
+    """Every so many optimizer steps experts that nobody used are removed and, if a token used none, one is added; null: they stay."""
+    record_steps: Positive | None = None
+    """`adapt_every` only: the last steps of each period in which use is recorded; null: half of them, as in the authors' example."""
+    start_experts: Positive | None = None
+    """`adapt_every` only: experts at the start; the rest of `num_experts` are free slots. null: all."""
+    balance_coef: NonNegativeFloat = 0.01
+    """Coefficient of E * sum_e P_e f_e over the tokens that have a route: P the mean weight, f the share of the tokens that use e (the authors'
+    code; it multiplies the sum of its four losses by one coefficient)."""
+    efficiency_coef: NonNegativeFloat = 0.01
+    """Coefficient of the mean share of the slots that a token uses (the authors' code)."""
+    orthogonality_coef: NonNegativeFloat = 0.01
+    """Coefficient of the Frobenius norm of the experts' cosines less the unit matrix (the paper's diversity loss)."""
+    norm_coef: NonNegativeFloat = 0.01
+    """Coefficient of the mean norm of the experts' rows (the paper's simplicity loss)."""
+
+    TRAINING: ClassVar[frozenset[str]] = frozenset({"balance_coef", "efficiency_coef", "orthogonality_coef", "norm_coef", "record_steps"})
+    ORTHOGONAL: ClassVar[bool] = True
+
+    def idle(self) -> set[str]:
+        return set() if self.adapt_every is not None else {"record_steps", "start_experts"}
+
+    def problems(self, num_experts: int) -> list[str]:
+        bad = []
+        for name in sorted(self.idle() & self.model_fields_set):
+            if getattr(self, name) is not None:
+                bad.append(f".{name} ({getattr(self, name)}) has an effect only with adapt_every")
+        if self.adapt_every is not None and self.recorded_steps > self.adapt_every:
+            bad.append(f".record_steps ({self.record_steps}) is more than adapt_every ({self.adapt_every})")
+        if self.start_experts is not None and self.start_experts > num_experts:
+            bad.append(f".start_experts ({self.start_experts}) is more than num_experts ({num_experts})")
+        return bad
+
+    @property
+    def recorded_steps(self) -> int:
+        return self.record_steps or ((self.adapt_every or 0) + 1) // 2
+
+    def coefficients(self) -> dict[str, float]:
+        return {
+            "balance": self.balance_coef, "efficiency": self.efficiency_coef, "orthogonality": self.orthogonality_coef, "norm": self.norm_coef,
+        }  # fmt: skip
+
+    def start_values(self, num_experts: int) -> dict[str, float | list[float]]:
+        present = num_experts if self.start_experts is None else self.start_experts
+        return {"threshold": 0.0, "mask": [1.0] * present + [0.0] * (num_experts - present), "used": 0.0, "unrouted": 0.0, "clock": 0.0}
+
+    def num_params(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
+        state = 0 if self.adapt_every is None else 2 * num_experts + hidden_size + 1
+        return num_experts * hidden_size, num_experts + state
+
+
+class MoEppRouter(RouterOptions):
+    """MoE++ (arXiv 2410.07348): beside the FFN experts there are zero, copy and constant experts, which cost next to nothing."""
+
+    type: Literal["moepp"] = "moepp"
+    top_k: Positive = 2
+    """Experts of either kind that a token chooses."""
+    num_zero: NonNegative = 1
+    """Experts whose output is 0."""
+    num_copy: NonNegative = 1
+    """Experts whose output is their input."""
+    num_constant: NonNegative = 2
+    """Experts that mix their input with a learned vector."""
+    gating_residual: bool = True
+    """A layer's logits get those of the MoE layer before, through a learned matrix (pathway-aware router)."""
+    normalize: bool = False
+    """Divide a token's weights by the sum of those of other experts than zero experts (the authors' code; the paper keeps the softmax)."""
+    tau: PositiveFloat = 0.75
+    """Share of the work of an FFN expert that the balance loss and the capacity mean for it, against 1 of a zero-cost expert; smaller sends more
+    tokens to those."""
+    balance_coef: NonNegativeFloat = 0.01
+    """beta: coefficient of sum_i eta_i f_i P_i."""
+    capacity_factor: PositiveFloat | None = 1.1
+    """gamma: in training an expert takes at most so many times its share of a sequence's choices; null drops none."""
+    init_std: PositiveFloat = 0.02
+
+    TRAINING: ClassVar[frozenset[str]] = RouterOptions.TRAINING | {"tau", "balance_coef", "capacity_factor"}
+
+    @property
+    def num_light(self) -> int:
+        return self.num_zero + self.num_copy + self.num_constant
+
+    def problems(self, num_experts: int) -> list[str]:
+        bad = []
+        if not self.num_light:
+            bad.append(": num_zero, num_copy and num_constant are 0; without such experts use type: topk")
+        if self.top_k > num_experts + self.num_light:
+            bad.append(f".top_k ({self.top_k}) is more than the {num_experts} FFN experts and the {self.num_light} others")
+        return bad
+
+    def coefficients(self) -> dict[str, float]:
+        return {"balance": self.balance_coef}
+
+    def num_params(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
+        total = num_experts + self.num_light
+        return total * (hidden_size + total * self.gating_residual) + 3 * self.num_constant * hidden_size, 0
+
+    def default_active(self, num_experts: int) -> float:
+        # The share that balance aims at.
+        return min(num_experts, self.top_k * self.tau * num_experts / (self.tau * num_experts + self.num_light))
 
 
 class ExpertChoiceRouter(RouterOptions):

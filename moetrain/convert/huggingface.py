@@ -28,7 +28,7 @@ from moetrain.model import Transformer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
-EXACT = ("router.selection_bias", "router.cut", "router.updates", "router.domains", "router.table")
+EXACT = ("router.selection_bias", "router.threshold", "router.cut", "router.updates", "router.domains", "router.table")
 """Ends of the names of parameters that are never stored in less than float32: steps of 0.001, or numbers of experts, are lost in bfloat16."""
 _STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 _MODELING = Path(__file__).parent / "hf" / "modeling_moetrain.py"
@@ -413,8 +413,8 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _layouts(name: str, shape: tuple[int, ...], kind: str, config: ModelConfig) -> list[_Stored]:
     """Every layout in which a parameter is found, the one to write in a folder of this model_type first."""
-    if name.endswith(".noise"):
-        # Of use in training alone, and no stock architecture has a place for it; it starts at 0.
+    if name.endswith((".noise", "router.used", "router.unrouted", "router.clock")):
+        # Of use in training alone, and no stock architecture has a place for them; they start at 0.
         return [_Stored((), shape)]
     if ".ffn.shared." in name:
         return _shared_layouts(name, shape, kind)
@@ -755,9 +755,9 @@ def write_model(
     """Write a Hugging Face folder that AutoModelForCausalLM loads; returns its files.
 
     tensors: (our name, tensor) of every parameter, once, in any order; memory is one shard. dtype: None keeps each tensor's. A top-k
-    router's output_scale is multiplied into the experts' down projections, but for DeepSeek-V3, which has it; the weights of its noise, which
-    only training has, are left out and are 0 when the folder is read. tokenizer: written beside, its special tokens named in config.json.
-    source: a Hugging Face folder whose tokenizer files and special tokens are taken over instead.
+    router's output_scale is multiplied into the experts' down projections, but for DeepSeek-V3, which has it; what only training
+    has, the weights of a router's noise and the records of dynmoe, is left out and is 0 when the folder is read. tokenizer:
+    written beside, its special tokens named in config.json. source: a Hugging Face folder whose tokenizer files and special tokens are taken over instead.
     The folder appears under its name only when it is whole. ValueError if it exists and is not empty, or for a router that only
     `--import` made known.
     """

@@ -16,13 +16,20 @@ def within_capacity(active: Tensor, priority: Tensor, factor: float, top_k: int,
     that is whatever a device holds; over a sequence, what is dropped depends neither on the layout of ranks nor on the micro-batch.
     """
     T, E = active.shape
-    S = T if sequence is None else sequence
     # Less the rounding of the product: 1.1 * 1 * 80 / 8 is 11, not 12.
-    capacity = math.ceil(factor * top_k * S / E - 1e-9)
+    capacity = math.ceil(factor * top_k * (T if sequence is None else sequence) / E - 1e-9)
+    return within_capacities(active, priority, [capacity] * E, sequence)
+
+
+def within_capacities(active: Tensor, priority: Tensor, capacities: list[int], sequence: int | None) -> Tensor:
+    """`within_capacity` with a capacity of each expert's own."""
+    T, E = active.shape
+    S = T if sequence is None else sequence
     keys = torch.where(active, priority, math.inf).view(T // max(1, S), S, E)
     order = torch.argsort(keys, dim=1, stable=True)
     places = torch.arange(S, device=active.device)[None, :, None].expand_as(order)
-    return active & (torch.empty_like(order).scatter(1, order, places) < capacity).view(T, E)
+    room = torch.tensor(capacities, device=active.device)
+    return active & (torch.empty_like(order).scatter(1, order, places) < room).view(T, E)
 
 
 def within_groups(scores: Tensor, num_groups: int, top_groups: int, top_k: int) -> Tensor:

@@ -45,6 +45,8 @@ class MoELayer(nn.Module):
         """x: (T, D), normed. residual: (T, D), the stream before the norm. -> (T, D) to add to the stream, and what happened."""
         routing = self.router(residual if self.routes_by_residual else x, context)
         y = self.compute(x, routing)
+        if routing.local is not None:
+            y = (y + routing.local).to(y.dtype)
         if self.shared is not None:
             y = self.shared(x, y)
         return y, LayerReport(routing.losses, statistics(routing.decision, context.valid), routing.sums, routing.scores)

@@ -81,7 +81,8 @@ class Decision:
 
     active: (T, E) bool, the routes. probes: (T, E) of the router's dtype, importance of probe routes, 0 elsewhere and on every route; None:
     no probes. load: (E,) share of each expert in the routes of the micro-batch over all ranks, or (B, E) in those of each sequence, where a
-    loss needs it. chosen: (T, E) bool, the routes before some were dropped; None: none was. dropped: (), routes lost to a full expert; None: 0.
+    loss needs it; or what else a router's loss multiplies an expert's scores with. chosen: (T, E) bool, the routes before some were dropped;
+    None: none was. dropped: (), routes lost to a full expert; None: 0.
     """
 
     active: Tensor
@@ -102,6 +103,7 @@ class Routing:
     sums: what the router's `after_step` wants to know, detached sums over this rank's tokens, of any shape; they are added over ranks and
     micro-batches.
     scores: (T, ...) what the router of the next MoE layer gets as `TokenContext.previous`; None: nothing.
+    local: (T, D) what experts within the router itself add to the layer's output; None: there are none.
     """
 
     decision: Decision
@@ -109,6 +111,7 @@ class Routing:
     losses: dict[str, Tensor] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
     scores: Tensor | None = None
+    local: Tensor | None = None
 
 
 @visible

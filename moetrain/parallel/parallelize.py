@@ -108,6 +108,13 @@ def add_whole(parameter: Tensor, whole: Tensor) -> None:
     local.add_(part.to(local))
 
 
+@torch.no_grad()
+def clear_where(tensor: Tensor, changed: Tensor) -> None:
+    """Set to 0, sharded or not, the entries at which the whole tensor `changed` is not 0."""
+    local, part = _own_part(tensor, changed)
+    local.masked_fill_((part != 0).to(local.device), 0)
+
+
 def _own_part(parameter: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
     """What this rank holds of a parameter, and the same part of `whole`."""
     if parameter.shape != whole.shape:

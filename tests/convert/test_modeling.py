@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from moetrain.config import (
     BaseLayersRouter,
     BudgetRouter,
+    DynMoERouter,
     ExpertChoiceRouter,
     FinedeepConfig,
     GenerateConfig,
@@ -20,12 +21,15 @@ from moetrain.config import (
     MLAConfig,
     ModelConfig,
     MoEConfig,
+    MoEppRouter,
     NexusRouter,
+    ReMoERouter,
     RopeScaling,
     SharedConfig,
     SigmoidSteRouter,
     StrataConfig,
     TopKRouter,
+    XMoERouter,
 )
 from moetrain.convert.huggingface import read_config, read_tensors, write_model
 from moetrain.generate import generate
@@ -60,6 +64,13 @@ MODELS = {
     "hash": dict(router=HashRouter(num_hashes=2)),
     "expert_choice": dict(router=ExpertChoiceRouter()),
     "expert_choice_sigmoid": dict(router=ExpertChoiceRouter(score="sigmoid", evaluation="choice")),
+    "remoe": dict(router=ReMoERouter(target_active=2.0)),
+    "xmoe": dict(router=XMoERouter(threshold=0.6, capacity_factor=1.0)),
+    "xmoe_target": dict(router=XMoERouter(target_active=2.0, max_experts=3, normalize=True)),
+    "dynmoe": dict(router=DynMoERouter(), num_experts=8),
+    "dynmoe_slots": dict(router=DynMoERouter(adapt_every=10, start_experts=5), num_experts=8),
+    "moepp": dict(router=MoEppRouter()),
+    "moepp_normalized": dict(router=MoEppRouter(normalize=True, gating_residual=False, num_zero=2, num_copy=2, num_constant=0, top_k=3)),
     "topk_odd_bias": dict(router=TopKRouter(top_k=2), o_bias=True),
     "qk_norm_tied_yarn": dict(router=SigmoidSteRouter(), qk_norm=True, tie_embeddings=True, rope_scaling=YARN),
     "biases_llama3": dict(router=SigmoidSteRouter(), qkv_bias=True, o_bias=True, rope_scaling=LLAMA3),
@@ -90,6 +101,9 @@ MODELS = {
 }
 
 
+TRAINING_ONLY = (".noise", "router.used", "router.unrouted", "router.clock")
+
+
 def make(name, folder, dtype=torch.float64):
     options = dict(MODELS[name])
     router, more = options.pop("router"), {"num_experts": options.pop("num_experts", 4), "expert_dim": 16, **options.pop("moe", {})}
@@ -104,7 +118,7 @@ def make(name, folder, dtype=torch.float64):
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for key, p in model.named_parameters():
-            if not key.endswith("router.table"):
+            if not key.endswith(("router.table", "router.mask")):
                 p.add_(torch.randn(p.shape, generator=generator, dtype=dtype) * 0.25)
         for block in model.layers:
             if router is not None and router.type == "budget":
@@ -138,7 +152,7 @@ def test_logits_cache_padding_and_generation(name, tmp_path):
     scale = {"topk": 2.0, "big_or_small": 2.0, "deepseek": 2.5}.get(name, 1.0)  # output_scale, multiplied into `down`
     for key, p in ours.named_parameters():
         # What only training uses is left out.
-        wanted = p * scale if ".experts." in key and key.endswith(".down") else p * 0 if key.endswith(".noise") else p
+        wanted = p * scale if ".experts." in key and key.endswith(".down") else p * 0 if key.endswith(TRAINING_ONLY) else p
         assert torch.equal(read[key].to(p.dtype), wanted)
     # In pieces through the cache.
     cache, pieces = None, []

@@ -9,15 +9,19 @@ from hypothesis import strategies as st
 
 from moetrain.config import (
     BaseLayersRouter,
+    DynMoERouter,
     ExpertChoiceRouter,
     HashRouter,
     LanguageFamilyRouter,
     ModelConfig,
     MoEConfig,
+    MoEppRouter,
     NexusRouter,
+    ReMoERouter,
     SigmoidSteRouter,
     TaskRouter,
     TopKRouter,
+    XMoERouter,
 )
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.routers import start_value
@@ -52,6 +56,17 @@ ROUTERS = {
     "nexus": NexusRouter(domain_dim=4, projection_dim=6),
     "language_all": LanguageFamilyRouter(top_k=1, languages={"xx": 2, "yy": 0}),
     "expert_threshold": ExpertChoiceRouter(training="threshold", warmup_steps=0, score="sigmoid"),
+    "remoe": ReMoERouter(),
+    "remoe_budget": ReMoERouter(target_active=1.5),
+    "remoe_plain": ReMoERouter(load_weighted=False),
+    "xmoe": XMoERouter(threshold=0.7),
+    "xmoe_all": XMoERouter(threshold=1.0, normalize=True, max_experts=4),
+    "xmoe_first": XMoERouter(threshold=0.0, capacity_factor=1.0),
+    "xmoe_capacity": XMoERouter(target_active=2.0, capacity_factor=1.5, normalize=True),
+    "dynmoe": DynMoERouter(),
+    "moepp": MoEppRouter(),
+    "moepp_normalized": MoEppRouter(normalize=True, tau=0.5, capacity_factor=0.8, num_copy=2, num_constant=1, top_k=3),
+    "moepp_zero": MoEppRouter(num_copy=0, num_constant=0, num_zero=3, gating_residual=False, capacity_factor=None),
 }
 
 

@@ -4,7 +4,8 @@ Routers are sigmoid_ste (independent gates, those above a threshold route: a tok
 softmax or sigmoid scores of a linear, two-layer or cosine gate, with a bias that only chooses, and groups of experts), budget (probabilities
 above a cut route), expert_choice (scores above an expert's cut route), base_layers (the best of independent gates), language_family (softmax
 top-k, not normalised), nexus (the same, its rows projected from domains' embeddings), hash (by a table of token ids), task (all tokens of a task
-alike; `task` is an argument of forward and generate, or a key of config.json).
+alike; `task` is an argument of forward and generate, or a key of config.json), remoe (ReLU gates), xmoe (a share of the softmax), dynmoe (cosines
+above learned thresholds) and moepp (top-k with zero, copy and constant experts).
 Attention has grouped heads, biases, q/k norms, sliding windows and rotary positions with linear, llama3 or yarn scaling, or latents
 (MLA). Beside the experts there may be a fixed FFN. The key `moetrain` of config.json holds every option.
 
@@ -21,8 +22,6 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-
-ROUTERS = ("sigmoid_ste", "topk", "budget", "expert_choice", "base_layers", "language_family", "nexus", "hash", "task")
 
 
 class MoetrainConfig(PretrainedConfig):
@@ -285,10 +284,22 @@ class Shared(FeedForward):
 
 
 class Gate(nn.Module):
-    """Logits of a token's experts. output: the second matrix of a two-layer gate. selection_bias: added to what chooses, not to what weighs."""
+    """Logits of a token's experts. output: the second matrix of a two-layer gate. selection_bias: added to what chooses, not to what weighs.
+    threshold: xmoe's log-odds, or of each expert (dynmoe). mask: 0 at slots without an expert. residual: from the logits of the layer before.
+    mix, constant: of moepp's constant experts."""
 
     def __init__(self, dim: int, num_experts: int, options: dict) -> None:
         super().__init__()
+        kind = options["type"]
+        constants = options["num_constant"] if kind == "moepp" else 0
+        if kind == "moepp":
+            num_experts += options["num_zero"] + options["num_copy"] + constants
+        thresholds = num_experts if kind == "dynmoe" else int(kind == "xmoe" and options.get("target_active") is not None)
+        self.threshold = nn.Parameter(torch.empty(thresholds)) if thresholds else None
+        self.mask = nn.Parameter(torch.empty(num_experts)) if kind == "dynmoe" and options.get("adapt_every") is not None else None
+        self.residual = nn.Parameter(torch.empty(num_experts, num_experts)) if kind == "moepp" and options["gating_residual"] else None
+        self.mix = nn.Parameter(torch.empty(constants, 2, dim)) if constants else None
+        self.constant = nn.Parameter(torch.empty(constants, dim)) if constants else None
         self.kind, self.temperature = options.get("gate", "linear"), options.get("cosine_temperature", 1.0)
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.bias = nn.Parameter(torch.empty(num_experts)) if options.get("bias") else None
@@ -324,18 +335,20 @@ class Gate(nn.Module):
         return hidden if self.output is None else F.linear(torch.tanh(hidden), self.output.to(dtype))
 
 
+_Routes = tuple[Tensor, Tensor, Tensor | None]
+
+
 class MoE(nn.Module):
     """Each expert computes the tokens that have a route to it and no others."""
 
     def __init__(self, config: dict) -> None:
         super().__init__()
         D, moe = config["hidden_size"], config["moe"]
-        self.options = moe["router"]
-        if self.options["type"] not in ROUTERS:
-            raise ValueError(f"moe.router.type is {self.options['type']!r}; supported: {', '.join(ROUTERS)}")
-        options = {"vocab_size": config["vocab_size"], **self.options}
-        self.strata = moe["strata"]["sizes"] if moe.get("strata") else None
         E = moe["num_experts"]
+        self.options = options = {"vocab_size": config["vocab_size"], "num_experts": E, **moe["router"]}
+        if self.options["type"] not in _ROUTES:
+            raise ValueError(f"moe.router.type is {self.options['type']!r}; supported: {', '.join(_ROUTES)}")
+        self.strata = moe["strata"]["sizes"] if moe.get("strata") else None
         if self.strata is None:
             self.gate = Gate(D, E, options)
         else:
@@ -348,11 +361,12 @@ class MoE(nn.Module):
         self.shared = Shared(D, moe["shared"]) if moe.get("shared") else None
 
     def forward(self, x: Tensor, residual: Tensor, known: dict) -> Tensor:
-        """x: (B, S, D), normed. residual: the stream before the norm. known: of the tokens, see `route`. Returns (B, S, D)."""
+        """x: (B, S, D), normed. residual: the stream before the norm. known: of the tokens, see `_ROUTES`. Returns (B, S, D)."""
         shape, x = x.shape, x.flatten(0, 1)
         if self.strata is None:
-            seen = residual.flatten(0, 1) if self.options.get("input") == "residual" else x
-            y = self.compute(x, *self.route(self.gate, seen, known))
+            weights, active, extra = self.route(self.gate, residual.flatten(0, 1) if self.options.get("input") == "residual" else x, known)
+            y = self.compute(x, weights, active)
+            y = y if extra is None else (y + extra).to(y.dtype)
         else:
             y = self.pass_strata(x, known)
         return (y if self.shared is None else self.shared(x, y)).view(shape)
@@ -365,7 +379,7 @@ class MoE(nn.Module):
             here = state == i
             seen = x + y if i else x
             seen = self.norms[i - 1](seen) if i and len(self.norms) else seen
-            weights, active = self.route(gate, seen, known)
+            weights, active, _ = self.route(gate, seen, known)
             first = len(stratum) - weights.shape[1]
             weights, active = F.pad(weights * here[:, None], (first, 0)), F.pad(active & here[:, None], (first, 0))
             y = y + self.compute(seen, weights, active)
@@ -383,79 +397,160 @@ class MoE(nn.Module):
             y.index_add_(0, tokens, self.experts[e](x[tokens]).to(y.dtype) * weights[tokens, e, None].to(y.dtype))
         return y.to(x.dtype)
 
-    def tasks(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """(tasks, E): the weights of each task's experts."""
-        options, names = self.options, _task_names(self.options)
-        if self.gate.weight is None:
-            table = torch.zeros(len(names), len(self.experts), dtype=dtype, device=device)
-            for row, name in enumerate(names):
-                table[row, options["branches"][name]] = 1 / len(options["branches"][name])
-            return table
-        logits = self.gate.weight.to(dtype)
+    def route(self, gate: Gate, x: Tensor, known: dict) -> _Routes:
+        return _ROUTES[self.options["type"]](gate, self.options, x.to(_wide(x)), known)
+
+
+# Each router: (gate, options, x (T, D) float32 or float64, known) -> weights (T, E), 0 where there is no route; the routes (T, E) bool; and what
+# the router itself adds to the output, (T, D), or None. known: `tokens`, (T,) ids or None; `tags`, (T,) numbers of tasks or None; `rows`, of the
+# batch; `previous`, logits of the MoE layer before, where a router keeps them.
+
+
+def _topk(gate: Gate, options: dict, x: Tensor, known: dict) -> _Routes:
+    sigmoid, logits = options.get("score") == "sigmoid", gate(x)
+    scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
+    ranking = scores if sigmoid else logits
+    if gate.selection_bias is not None:
+        ranking = ranking + gate.selection_bias.to(x.dtype)
+    if options.get("num_groups", 1) > 1:
+        ranking = _within_groups(ranking, options["num_groups"], options["top_groups"], options["top_k"])
+    chosen = ranking.sort(dim=-1, descending=True, stable=True).indices[:, : options["top_k"]]
+    active = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, chosen, True)
+    weights = _normalized(scores * active) if options.get("normalize", False) else scores * active
+    return weights * options.get("output_scale", 1.0), active, None
+
+
+def _normalized(weights: Tensor) -> Tensor:
+    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+def _sigmoid_ste(gate: Gate, options: dict, x: Tensor, known: dict) -> _Routes:
+    gates = gate(x).sigmoid()
+    active = gates > options["threshold"]
+    if options["zero_routes"] == "top1":
+        largest = F.one_hot(gates.argmax(-1), gates.shape[-1]).bool()
+        active = active | (largest & ~active.any(-1, keepdim=True))
+    weights = torch.where(active, gates, 0)
+    if options["rescale"] == "count" and options.get("rescale_in_eval", True):
+        weights = weights * (gates.shape[-1] / active.sum(-1, keepdim=True).clamp(min=1).to(x.dtype))
+    return weights, active, None
+
+
+def _budget(gate: Gate, options: dict, x: Tensor, known: dict) -> _Routes:
+    logits = gate(x)
+    weights = logits.softmax(-1)
+    ranking = weights if options["rank_by"] == "probability" else logits
+    total, weight = gate.cut.double().unbind()
+    if weight > 0:
+        active = ranking > (total / weight).to(x.dtype)
+    else:  # never trained: the best of each row, as many as the budget says
+        flat = ranking.view(known["rows"], -1)
+        budget = int(flat.shape[1] * min(1.0, options["target_active"] / logits.shape[-1]) + 0.5)
+        best = flat.sort(dim=-1, descending=True, stable=True).indices[:, :budget]
+        active = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, best, True).view_as(logits)
+    weights = _normalized(weights * active) if options["normalize"] else weights * active
+    return weights * options["output_scale"], active, None
+
+
+def _expert_choice(gate: Gate, options: dict, x: Tensor, known: dict) -> _Routes:
+    # What an expert chose among all tokens of a sequence it here takes by the estimated cut: later tokens are not known.
+    scores = gate(x).sigmoid() if options["score"] == "sigmoid" else gate(x).softmax(-1)
+    active = scores > gate.cut.to(x.dtype)
+    return scores * active, active, None
+
+
+def _base_layers(gate: Gate, options: dict, x: Tensor, known: dict) -> _Routes:
+    logits = gate(x)
+    active = F.one_hot(logits.argmax(-1), logits.shape[-1]).bool()
+    return logits.sigmoid() * active, active, None
+
+
+def _hash(gate: Gate, options: dict, x: Tensor, known: dict) -> _Routes:
+    if known["tokens"] is None:
+        raise ValueError("moe.router.type is 'hash': experts follow from token ids; give input_ids, not inputs_embeds")
+    chosen = gate.table[known["tokens"]].long()
+    active = torch.zeros(x.shape[0], options["num_experts"], dtype=torch.bool, device=x.device).scatter(-1, chosen, True)
+    return active.to(x.dtype) / options["num_hashes"], active, None
+
+
+def _task(gate: Gate, options: dict, x: Tensor, known: dict) -> _Routes:
+    names = _task_names(options)
+    if gate.weight is None:
+        table = torch.zeros(len(names), options["num_experts"], dtype=x.dtype, device=x.device)
+        for row, name in enumerate(names):
+            table[row, options["branches"][name]] = 1 / len(options["branches"][name])
+    else:
+        logits = gate.weight.to(x.dtype)
         chosen = logits.sort(dim=-1, descending=True, stable=True).indices[:, : options["top_k"]]
         table = logits.softmax(-1) * torch.zeros_like(logits).scatter(-1, chosen, 1)
-        return table / table.sum(-1, keepdim=True) if options["normalize"] else table
+        table = table / table.sum(-1, keepdim=True) if options["normalize"] else table
+    weights = table[known["tags"]]
+    return weights, weights > 0, None
 
-    def route(self, gate: Gate, x: Tensor, known: dict) -> tuple[Tensor, Tensor]:
-        """x: (T, D). known: `tokens`, (T,) ids or None; `tags`, (T,) numbers of tasks or None; `rows`, of the batch.
-        Returns weights (T, E), 0 where there is no route, and the routes (T, E) bool."""
-        options, dtype = self.options, _wide(x)
-        if options["type"] == "task":
-            table = self.tasks(dtype, x.device)[known["tags"]]
-            return table, table > 0
-        if options["type"] == "hash":
-            if known["tokens"] is None:
-                raise ValueError("moe.router.type is 'hash': experts follow from token ids; give input_ids, not inputs_embeds")
-            chosen = gate.table[known["tokens"]].long()
-            active = torch.zeros(x.shape[0], len(self.experts), dtype=torch.bool, device=x.device).scatter(-1, chosen, True)
-            return active.to(dtype) / options["num_hashes"], active
-        logits = gate(x)
-        if options["type"] in ("topk", "language_family", "nexus"):
-            sigmoid = options.get("score") == "sigmoid"
-            scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
-            ranking = scores if sigmoid else logits
-            if gate.selection_bias is not None:
-                ranking = ranking + gate.selection_bias.to(dtype)
-            if options.get("num_groups", 1) > 1:
-                ranking = _within_groups(ranking, options["num_groups"], options["top_groups"], options["top_k"])
-            chosen = ranking.sort(dim=-1, descending=True, stable=True).indices[:, : options["top_k"]]
-            active = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, chosen, True)
-            weights = scores * active
-            if options.get("normalize", False):
-                weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
-            return weights * options.get("output_scale", 1.0), active
-        if options["type"] == "budget":
-            total, weight = gate.cut.double().unbind()
-            weights = logits.softmax(-1)
-            ranking = weights if options["rank_by"] == "probability" else logits
-            if weight > 0:
-                active = ranking > (total / weight).to(dtype)
-            else:  # never trained: the best of each row, as many as the budget says
-                flat = ranking.view(known["rows"], -1)
-                budget = int(flat.shape[1] * min(1.0, options["target_active"] / logits.shape[-1]) + 0.5)
-                best = flat.sort(dim=-1, descending=True, stable=True).indices[:, :budget]
-                active = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, best, True).view_as(logits)
-            weights = weights * active
-            if options["normalize"]:
-                weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
-            return weights * options["output_scale"], active
-        if options["type"] == "expert_choice":
-            # What an expert chose among all tokens of a sequence it here takes by the estimated cut: later tokens are not known.
-            scores = logits.sigmoid() if options["score"] == "sigmoid" else logits.softmax(-1)
-            active = scores > gate.cut.to(dtype)
-            return scores * active, active
-        gates = logits.sigmoid()
-        if options["type"] == "base_layers":
-            active = F.one_hot(logits.argmax(-1), logits.shape[-1]).bool()
-            return gates * active, active
-        active = gates > options["threshold"]
-        if options["zero_routes"] == "top1":
-            largest = F.one_hot(gates.argmax(-1), gates.shape[-1]).bool()
-            active = active | (largest & ~active.any(-1, keepdim=True))
-        weights = torch.where(active, gates, 0)
-        if options["rescale"] == "count" and options.get("rescale_in_eval", True):
-            weights = weights * (gates.shape[-1] / active.sum(-1, keepdim=True).clamp(min=1).to(dtype))
-        return weights, active
+
+def _remoe(gate: Gate, options: dict, x: Tensor, known: dict) -> _Routes:
+    gates = gate(x).relu()
+    return gates, gates > 0, None
+
+
+def _xmoe(gate: Gate, options: dict, x: Tensor, known: dict) -> _Routes:
+    logits = gate(x)
+    scores = logits.softmax(-1)
+    order = logits.sort(dim=-1, descending=True, stable=True).indices
+    before = F.pad(scores.gather(-1, order).cumsum(-1)[:, :-1], (1, 0))[:, : options.get("max_experts")]
+    threshold = scores.new_tensor([options["threshold"]]) if gate.threshold is None else gate.threshold.to(x.dtype).sigmoid()
+    taken = (before < threshold) | (before == 0) | (threshold >= 1)
+    active = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order[:, : before.shape[1]], taken)
+    weights = scores * active
+    return (weights / weights.sum(-1, keepdim=True) if options["normalize"] else weights), active, None
+
+
+def _dynmoe(gate: Gate, options: dict, x: Tensor, known: dict) -> _Routes:
+    scores = F.linear(F.normalize(x, dim=-1), F.normalize(gate.weight.to(x.dtype), dim=-1)).sigmoid()
+    mask = torch.ones_like(scores[0]) if gate.mask is None else gate.mask.to(x.dtype)
+    active = (scores > gate.threshold.to(x.dtype).sigmoid()) & (mask > 0)
+    largest = F.one_hot((scores * mask).argmax(-1), scores.shape[-1]).bool()
+    active = active | (largest & ~active.any(-1, keepdim=True))
+    return active / active.sum(-1, keepdim=True).to(x.dtype), active, None
+
+
+def _moepp(gate: Gate, options: dict, x: Tensor, known: dict) -> _Routes:
+    logits = gate(x)
+    if gate.residual is not None and known.get("previous") is not None:
+        logits = logits + F.linear(known["previous"], gate.residual.to(x.dtype))
+    known["previous"] = logits
+    scores = logits.softmax(-1)
+    chosen = logits.sort(dim=-1, descending=True, stable=True).indices[:, : options["top_k"]]
+    active = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, chosen, True)
+    weights = scores * active
+    zero, copy, constant = options["num_zero"], options["num_copy"], options["num_constant"]
+    E = logits.shape[-1] - zero - copy - constant
+    if options["normalize"]:
+        total = weights.sum(-1, keepdim=True) - weights[:, E : E + zero].sum(-1, keepdim=True)
+        weights = weights / torch.where(total > 0, total, 1)
+    light = weights[:, E + zero :]
+    extra = light[:, :copy].sum(-1, keepdim=True) * x
+    if gate.mix is not None:
+        parts = F.linear(x, gate.mix.to(x.dtype).flatten(0, 1)).unflatten(-1, (-1, 2)).softmax(-1) * light[:, copy:, None]
+        extra = extra + parts[..., 0].sum(-1, keepdim=True) * x + parts[..., 1] @ gate.constant.to(x.dtype)
+    return weights[:, :E], active[:, :E], extra
+
+
+_ROUTES = {
+    "sigmoid_ste": _sigmoid_ste,
+    "budget": _budget,
+    "topk": _topk,
+    "remoe": _remoe,
+    "xmoe": _xmoe,
+    "dynmoe": _dynmoe,
+    "moepp": _moepp,
+    "expert_choice": _expert_choice,
+    "base_layers": _base_layers,
+    "language_family": _topk,
+    "nexus": _topk,
+    "hash": _hash,
+    "task": _task,
+}
 
 
 def _task_names(options: dict) -> list[str]:
@@ -524,7 +619,7 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _no_split_modules = ["Layer"]
-    _keep_in_fp32_modules_strict = ["selection_bias", "cut", "updates", "domains", "table"]
+    _keep_in_fp32_modules_strict = ["selection_bias", "threshold", "cut", "updates", "domains", "table"]
     _supports_sdpa = True
     # transformers 5 wants to know what is tied to what, 4 the names alone.
     _tied_weights_keys = (

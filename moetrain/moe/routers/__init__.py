@@ -10,9 +10,24 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from moetrain.config import ModelConfig
-from moetrain.moe.routers import base_layers, budget, expert_choice, hash, language_family, nexus, sigmoid_ste, task, topk
+from moetrain.moe.routers import (
+    base_layers,
+    budget,
+    dynmoe,
+    expert_choice,
+    hash,
+    language_family,
+    moepp,
+    nexus,
+    remoe,
+    sigmoid_ste,
+    task,
+    topk,
+    xmoe,
+)
 from moetrain.moe.routers.base import MODULES, router_for
 
 __all__ = [
@@ -20,15 +35,19 @@ __all__ = [
     "budget",
     "build_router",
     "changes_after_step",
+    "dynmoe",
     "expert_choice",
     "hash",
     "language_family",
+    "moepp",
     "nexus",
+    "remoe",
     "router_for",
     "sigmoid_ste",
     "start_value",
     "task",
     "topk",
+    "xmoe",
 ]
 
 
@@ -64,6 +83,8 @@ def changes_after_step(model: nn.Module, loads: list[list[float]], sums: list[di
     routers = [(name, module) for name, module in model.named_modules() if name.endswith(".ffn.router")]
     for (name, router), load, own in zip(routers, loads, sums, strict=True):
         if hasattr(router, "after_step"):
+            if isinstance(router, FSDPModule):
+                router.reshard()  # else a router's attributes may still be the weights of the last forward
             named = {key: torch.tensor(values, dtype=torch.float64) for key, values in own.items()}
             for parameter, change in router.after_step(torch.tensor(load, dtype=torch.float64), named):
                 yield f"{name}.{parameter}", change

@@ -20,8 +20,9 @@ def router_for(options: type[RouterOptions]) -> Callable[[_M], _M]:
     """Decorator: this module is the router of these options.
 
     It is made with (ModelConfig, layer: int) and called with (x: (T, D), context: TokenContext) for a `moetrain.moe.routing.Routing`. A method
-    `after_step(load, sums)`, where it has one, yields (name of a parameter without gradient, what to add to it) after each optimizer step. A
-    static method `start_value(config, layer, part, shape)`, where it has one, gives a parameter's start value, or None for the common rule.
+    `after_step(load, sums)`, where it has one, yields (name of one of its parameters, what to add to it) after each optimizer step. Where
+    it changes an entry of a parameter that the optimizer has, AdamW's moments of that entry are cleared. A static method
+    `start_value(config, layer, part, shape)`, where it has one, gives a parameter's start value, or None for the common rule.
     """
 
     def tie(module: _M) -> _M:
@@ -32,5 +33,6 @@ def router_for(options: type[RouterOptions]) -> Callable[[_M], _M]:
 
 
 def whole(parameter: Tensor) -> Tensor:
-    """The value of a parameter, sharded or not, float64 on the CPU, for `after_step`. Collective over its mesh."""
-    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().to("cpu", torch.float64)
+    """A copy of a parameter on the CPU in float64, outside forward, where it may be sharded. Collective over its mesh."""
+    value = parameter.detach()
+    return (value.full_tensor() if isinstance(value, DTensor) else value).to("cpu", torch.float64, copy=True)
