@@ -179,7 +179,7 @@ def start(configs: list[Config], how: str, **options: Any) -> list[dict[str, Any
     """The runs of several configs of one layout, one after the other in the same processes: starting processes is what takes time."""
     parallel = configs[0].parallel
     world = parallel.dp_replicate * parallel.dp_shard * parallel.ep
-    return _spread(configs, how, options) if world == 1 else run(_spread, world, configs, how, options)[0]
+    return _spread(configs, how, options) if world == 1 else run(_spread, world, configs, how, options, timeout=120 + 20 * len(configs))[0]
 
 
 def _spread(configs: list[Config], how: str, options: dict[str, Any]) -> list[dict[str, Any]]:
