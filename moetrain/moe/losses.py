@@ -15,16 +15,17 @@ class BudgetController:
     """Holds the mean number of routes per token at `target` by adapting coefficients of a loss: one for the whole model or one per MoE layer.
 
     ReMoE (arXiv 2412.14711, Eq. 9) multiplies or divides the coefficient by alpha each step. A coefficient decides how fast gates close more
-    than where they stand, so the mean answers late, and a rule on the error alone swings around the target or shoots past it. Here, with
+    than where they stand, and Adam's momentum delays them, so a rule on the error alone shoots past the target and swings around it. Here, with
     e = log(mean / target) within [-1, 1] and m its running mean, the coefficient's logarithm changes in a step by
 
-        INTEGRAL * e, within [-log(factor), log(factor)], + LEAD * (m - m of the step before).
+        INTEGRAL * e, within [-log(factor), log(factor)], + LEAD * (m - m of the step before) + r.
 
-    Far from the target the first term is ReMoE's rule; near it, it takes away what is left of the error. The second one answers to a mean that
-    moves before it gets there. Both were tried on small models (tests/test_budgets.py).
+    Far from the target the first term is ReMoE's rule; near it, it takes away what is left of the error. The second answers to a mean that
+    moves before it gets there. r, the trend, is the sum of TREND * e while |e| < NEAR, and fades elsewhere: while the model learns, the
+    coefficient that holds the target drifts, and a rule without r would follow it at a distance.
     """
 
-    INTEGRAL, LEAD, SMOOTHING = 0.5, 10.0, 0.7
+    INTEGRAL, LEAD, SMOOTHING, TREND, NEAR = 0.5, 10.0, 0.5, 0.01, 0.25
     LIMITS = (1e-12, 1e6)
 
     loss: str
@@ -33,6 +34,8 @@ class BudgetController:
     coefficients: list[float]
     errors: list[float] | None = None
     """m, of each coefficient; None before the first step."""
+    trends: list[float] | None = None
+    """r, likewise."""
 
     def update(self, mean_active: list[float]) -> None:
         """After a step, with the mean routes per token of each MoE layer, over tokens and ranks."""
@@ -42,28 +45,33 @@ class BudgetController:
         errors = [math.log(min(math.e, max(1 / math.e, mean / self.target))) for mean in mean_active]
         before = self.errors or errors
         self.errors = [self.SMOOTHING * m + (1 - self.SMOOTHING) * e for m, e in zip(before, errors, strict=True)]
-        for i, (error, old, new) in enumerate(zip(errors, before, self.errors, strict=True)):
-            change = max(-most, min(most, self.INTEGRAL * error)) + self.LEAD * (new - old)
+        self.trends = [
+            max(-most, min(most, trend + self.TREND * error)) if abs(error) < self.NEAR else 0.9 * trend
+            for trend, error in zip(self.trends or [0.0] * len(errors), errors, strict=True)
+        ]
+        for i, (error, old, new, trend) in enumerate(zip(errors, before, self.errors, self.trends, strict=True)):
+            change = max(-most, min(most, self.INTEGRAL * error)) + self.LEAD * (new - old) + trend
             self.coefficients[i] = min(high, max(low, self.coefficients[i] * math.exp(change)))
 
     def state(self) -> dict[str, Any]:
-        return {"coefficients": list(self.coefficients), "errors": self.errors}
+        return {"coefficients": list(self.coefficients), "errors": self.errors, "trends": self.trends}
 
     def load(self, state: dict[str, Any]) -> None:
         """ValueError for a state that is none. A controller over layers takes up the one coefficient of a controller over the model, and the
         other way round their geometric mean."""
-        values, errors = state["coefficients"], state.get("errors")
+        values, errors, trends = state["coefficients"], state.get("errors"), state.get("trends")
         if not values or not all(isinstance(v, float) and math.isfinite(v) and v > 0 for v in values):
             raise ValueError(f"controller state: coefficients {values!r} are no positive numbers")
-        if errors is not None and not (len(errors) == len(values) and all(isinstance(v, float) and abs(v) <= 1 for v in errors)):
-            raise ValueError(f"controller state: errors {errors!r} are no numbers within [-1, 1] for {len(values)} coefficients")
+        for name, found in (("errors", errors), ("trends", trends)):
+            if found is not None and not (len(found) == len(values) and all(isinstance(v, float) and math.isfinite(v) for v in found)):
+                raise ValueError(f"controller state: {name} {found!r} are no numbers for {len(values)} coefficients")
         number = len(self.coefficients)
         if len(values) != number:
             if number != 1 and len(values) != 1:
                 raise ValueError(f"controller state: {len(values)} coefficients for {number} MoE layers")
             values = [math.exp(sum(map(math.log, values)) / len(values))] * number
-            errors = None  # of another mean
-        self.coefficients, self.errors = list(values), errors
+            errors = trends = None  # of another mean
+        self.coefficients, self.errors, self.trends = list(values), errors, trends
 
 
 def build_controller(config: ModelConfig) -> BudgetController | None:
