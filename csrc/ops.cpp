@@ -10,6 +10,10 @@
 #include <tuple>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -343,6 +347,20 @@ Tensor swiglu_dot(Tensor grad, Tensor gate_up) {
 
 // The experts' block, CPU only.
 
+// Like `empty`, in huge pages if the system has them and the tensor is large: it is written whole and at once, and a fault for each 4 KiB of
+// fresh memory costs as much as filling it.
+Tensor empty_large(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
+  Tensor tensor = empty(sizes, dtype, like);
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  const uintptr_t first = (start + page - 1) / page * page, last = (start + tensor.numel() * tensor.element_size()) / page * page;
+  // A refusal changes nothing.
+  if (first < last) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return tensor;
+}
+
 bool has_experts(Tensor like) {
   const ScalarType dtype = like.scalar_type();
   return (dtype == ScalarType::Float && cpu::has_experts(DType::f32)) || (dtype == ScalarType::BFloat16 && cpu::has_experts(DType::bf16));
@@ -383,12 +401,12 @@ struct Experts {
     tensor = contiguous(tensor);
   }
 
-  Tensor temporary(int64_t columns) { return empty({args.num_routes + 8, columns}, rows.scalar_type(), rows); }
+  Tensor temporary(int64_t columns) { return empty_large({args.num_routes + 8, columns}, rows.scalar_type(), rows); }
 
   void run(void (*kernel)(const ExpertsArgs&), ExpertsPass pass) {
     args.num_threads = torch::stable::get_num_threads();
     args.workspace_bytes = cpu::experts_workspace(args, pass);
-    Tensor workspace = empty({args.workspace_bytes}, ScalarType::Byte, rows);
+    Tensor workspace = empty_large({args.workspace_bytes}, ScalarType::Byte, rows);
     args.workspace = workspace.mutable_data_ptr();
     kernel(args);
   }
@@ -399,8 +417,8 @@ std::tuple<Tensor, Tensor> experts(Tensor rows, Tensor gate_up, Tensor down, Ten
   Experts e(op, rows, gate_up, down, tokens, counts);
   ExpertsArgs& a = e.args;
   weights = *checked_weights(op, weights, e.rows, a.num_routes);
-  Tensor out = empty({a.num_rows, a.dim}, e.rows.scalar_type(), e.rows);
-  Tensor pre = empty({a.num_routes, 2 * a.expert_dim}, e.rows.scalar_type(), e.rows);
+  Tensor out = empty_large({a.num_rows, a.dim}, e.rows.scalar_type(), e.rows);
+  Tensor pre = empty_large({a.num_routes, 2 * a.expert_dim}, e.rows.scalar_type(), e.rows);
   Tensor activation = e.temporary(cpu::experts_row_elements(a.dtype, a.expert_dim));
   a.weights = static_cast<const float*>(weights.const_data_ptr());
   a.out = out.mutable_data_ptr();
@@ -421,10 +439,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(
   e.matrix(op, "pre", pre, {a.num_routes, 2 * a.expert_dim});
   const ScalarType dtype = e.rows.scalar_type();
   // What is not wanted comes back empty.
-  Tensor grad_rows = needs[0] ? empty({a.num_rows, a.dim}, dtype, rows) : empty({0}, dtype, rows);
-  Tensor grad_gate_up = needs[1] ? empty({a.num_experts, 2 * a.expert_dim, a.dim}, dtype, rows) : empty({0}, dtype, rows);
-  Tensor grad_down = needs[2] ? empty({a.num_experts, a.dim, a.expert_dim}, dtype, rows) : empty({0}, dtype, rows);
-  Tensor grad_weights = empty({a.num_routes}, ScalarType::Float, rows);
+  Tensor grad_rows = needs[0] ? empty_large({a.num_rows, a.dim}, dtype, rows) : empty({0}, dtype, rows);
+  Tensor grad_gate_up = needs[1] ? empty_large({a.num_experts, 2 * a.expert_dim, a.dim}, dtype, rows) : empty({0}, dtype, rows);
+  Tensor grad_down = needs[2] ? empty_large({a.num_experts, a.dim, a.expert_dim}, dtype, rows) : empty({0}, dtype, rows);
+  Tensor grad_weights = empty_large({a.num_routes}, ScalarType::Float, rows);
   Tensor activation = e.temporary(cpu::experts_row_elements(a.dtype, a.expert_dim)), grad_pre = e.temporary(2 * a.expert_dim);
   a.weights = static_cast<const float*>(weights.const_data_ptr());
   a.grad = grad.const_data_ptr();
@@ -444,7 +462,7 @@ Tensor experts_probe(Tensor grad, Tensor rows, Tensor gate_up, Tensor down, Tens
   Experts e(op, rows, gate_up, down, tokens, counts);
   ExpertsArgs& a = e.args;
   e.matrix(op, "grad", grad, {a.num_rows, a.dim});
-  Tensor out = empty({a.num_routes}, ScalarType::Float, rows);
+  Tensor out = empty_large({a.num_routes}, ScalarType::Float, rows);
   a.grad = grad.const_data_ptr();
   a.grad_weights = static_cast<float*>(out.mutable_data_ptr());
   e.run(cpu::experts_probe, ExpertsPass::probe);

@@ -92,10 +92,10 @@ MOETRAIN_MULTIVERSION void finish_probe(const float* pre, const float* c, int64_
   }
 }
 
-// sums[tokens[r]] += c[r]
-MOETRAIN_MULTIVERSION void add_rows(const float* c, int64_t rows, int64_t n, const int32_t* tokens, float* sums) {
+// sums[tokens[r]] += c[r], rows of sums ld apart
+MOETRAIN_MULTIVERSION void add_rows(const float* c, int64_t rows, int64_t n, const int32_t* tokens, float* sums, int64_t ld) {
   for (int64_t r = 0; r < rows; ++r) {
-    float* sum = sums + tokens[r] * kColumns;
+    float* sum = sums + tokens[r] * ld;
     const float* row = c + r * kColumns;
     MOETRAIN_INDEPENDENT
     for (int64_t j = 0; j < n; ++j) sum[j] += row[j];
@@ -103,10 +103,10 @@ MOETRAIN_MULTIVERSION void add_rows(const float* c, int64_t rows, int64_t n, con
 }
 
 template <class T>
-MOETRAIN_INLINE void store_rows(const float* c, int64_t rows, int64_t n, T* out, int64_t ldo) {
+MOETRAIN_INLINE void store_rows(const float* c, int64_t ldc, int64_t rows, int64_t n, T* out, int64_t ldo) {
   for (int64_t r = 0; r < rows; ++r) {
     MOETRAIN_INDEPENDENT
-    for (int64_t j = 0; j < n; ++j) store(out[r * ldo + j], c[r * kColumns + j]);
+    for (int64_t j = 0; j < n; ++j) store(out[r * ldo + j], c[r * ldc + j]);
   }
 }
 
@@ -120,8 +120,8 @@ MOETRAIN_INLINE void store_rows(const float* c, int64_t rows, int64_t n, T* out,
       int64_t lda, float* dw) {                                                                                            \
     finish_backward(c, rows, n, w, gate, up, dg, du, ld, a, lda, dw);                                                      \
   }                                                                                                                        \
-  MOETRAIN_MULTIVERSION void store_end(const float* c, int64_t rows, int64_t n, T* out, int64_t ldo) {                     \
-    store_rows(c, rows, n, out, ldo);                                                                                      \
+  MOETRAIN_MULTIVERSION void store_end(const float* c, int64_t ldc, int64_t rows, int64_t n, T* out, int64_t ldo) {        \
+    store_rows(c, ldc, rows, n, out, ldo);                                                                                 \
   }
 MOETRAIN_FINISHES(float)
 MOETRAIN_FINISHES(bfloat16)
@@ -179,6 +179,12 @@ void for_tasks(const ExpertsArgs& a, int64_t num_tasks, const Body& body) {
   });
 }
 
+// Columns of a slice, in which one task adds up its rows: few passes over the routes, but a task for each thread and sums that stay near.
+int64_t slice_columns(const ExpertsArgs& a) {
+  const int64_t share = round_up((a.dim + a.num_threads - 1) / a.num_threads, kColumns);
+  return std::min<int64_t>(share, 4 * kColumns);
+}
+
 template <class T>
 struct UpScratch {
   T *rows, *panel;
@@ -194,7 +200,9 @@ struct SumScratch {
   float *sums, *c;
   T* panel;
   SumScratch(Scratch& s, const ExpertsArgs& a)
-      : sums(s.take<float>(a.num_rows * kColumns)), c(s.take<float>(kRows * kColumns)), panel(s.take<T>(even<T>(2 * a.expert_dim) * kColumns)) {}
+      : sums(s.take<float>(a.num_rows * slice_columns(a))),
+        c(s.take<float>(kRows * kColumns)),
+        panel(s.take<T>(even<T>(2 * a.expert_dim) * slice_columns(a))) {}
 };
 
 template <class T>
@@ -271,28 +279,6 @@ void forward_up(const ExpertsArgs& a, const Chunk& chunk, char* memory) {
   for (int64_t r = 0; r < size && Fp > F; ++r) activation[r * Fp + F] = T{};
 }
 
-// One slice of columns of out[t] = sum over the routes of t of left[route] @ B(expert), left (R, ld). pack(expert, d, n, panel) makes B's
-// panel of columns d .. d + n and returns where it is and how far its rows are apart.
-template <class T, class Pack>
-void add_slice(const ExpertsArgs& a, int64_t slice, const T* left, int64_t ld, T* out, char* memory, const Pack& pack) {
-  Scratch scratch(memory);
-  const SumScratch<T> s(scratch, a);
-  const int64_t d = slice * kColumns, n = std::min(kColumns, a.dim - d);
-  std::fill_n(s.sums, a.num_rows * kColumns, 0.0f);
-  int64_t begin = 0;
-  for (int64_t e = 0; e < a.num_experts; ++e) {
-    const int64_t end = begin + a.counts[e];
-    if (begin == end) continue;
-    const auto [B, ldb] = pack(e, d, n, s.panel);
-    for (; begin < end; begin += kRows) {
-      brgemm(block_rows(end - begin), n, ld, left + begin * ld, ld, B, ldb, s.c, kColumns, false);
-      add_rows(s.c, std::min(kRows, end - begin), n, a.tokens + begin, s.sums);
-    }
-    begin = end;
-  }
-  store_end(s.sums, a.num_rows, n, out + d, a.dim);
-}
-
 template <class T>
 struct Panel {
   const T* data;
@@ -306,7 +292,36 @@ Panel<bfloat16> rows_panel(const bfloat16* w, int64_t ldw, int64_t K, int64_t n,
   return {panel, kColumns};
 }
 
-int64_t slices_of(const ExpertsArgs& a) { return (a.dim + kColumns - 1) / kColumns; }
+// One slice of columns of out[t] = sum over the routes of t of left[route] @ B(expert), left (R, ld). pack(expert, d, n, panel) makes the panel
+// of B's columns d .. d + n and says where it is.
+template <class T, class Pack>
+void add_slice(const ExpertsArgs& a, int64_t slice, const T* left, int64_t ld, T* out, char* memory, const Pack& pack) {
+  Scratch scratch(memory);
+  const SumScratch<T> s(scratch, a);
+  const int64_t columns = slice_columns(a), d0 = slice * columns, width = std::min(columns, a.dim - d0);
+  std::fill_n(s.sums, a.num_rows * columns, 0.0f);
+  int64_t begin = 0;
+  for (int64_t e = 0; e < a.num_experts; ++e) {
+    const int64_t end = begin + a.counts[e];
+    if (begin == end) continue;
+    Panel<T> panels[4];
+    for (int64_t d = 0; d < width; d += kColumns) {
+      panels[d / kColumns] = pack(e, d0 + d, std::min(kColumns, width - d), s.panel + d * even<T>(ld));
+    }
+    for (; begin < end; begin += kRows) {
+      for (int64_t d = 0; d < width; d += kColumns) {
+        const int64_t n = std::min(kColumns, width - d);
+        const Panel<T> B = panels[d / kColumns];
+        brgemm(block_rows(end - begin), n, ld, left + begin * ld, ld, B.data, B.ld, s.c, kColumns, false);
+        add_rows(s.c, std::min(kRows, end - begin), n, a.tokens + begin, s.sums + d, columns);
+      }
+    }
+    begin = end;
+  }
+  store_end(s.sums, columns, a.num_rows, width, out + d0, a.dim);
+}
+
+int64_t slices_of(const ExpertsArgs& a) { return a.dim == 0 ? 0 : (a.dim + slice_columns(a) - 1) / slice_columns(a); }
 
 template <class T>
 void forward(const ExpertsArgs& a) {
@@ -361,7 +376,7 @@ void sum_over_rows(int64_t m, int64_t n, int64_t K, const T* left, const T* pane
   for (int64_t k = 0; k < K; k += kDepth) {
     brgemm(m, n, std::min(kDepth, K - k), left + k, K, panel + k * kColumns, kColumns, sums, ld, k > 0);
   }
-  if constexpr (!direct) store_end(c, m, n, out, ldo);
+  if constexpr (!direct) store_end(c, kColumns, m, n, out, ldo);
 }
 
 // Columns d0 .. d1 of the expert's gate_up gradient, and these rows of its down gradient. begin: its first route.

@@ -1,7 +1,8 @@
 """How the benchmarks measure: contestants in turn, ratios within a round, memory from the allocator's own record, the machine's limits first.
 
 The machine is shared and its clock moves, so times of different runs don't compare. In each round every contestant runs once, the first one's
-place moving on from round to round, and what is reported is the median over rounds of a ratio within a round.
+place moving on from round to round, and what is reported is the median over rounds of a ratio within a round. With one thread the clock is
+the processor time of this process, which does not count the time that others had the core; with more it is wall time.
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ class Timing:
         return (high - low) / 2 / self.median
 
 
+def clock() -> float:
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def interleave(steps: dict[str, Step], baseline: str, rounds: int) -> dict[str, Timing]:
     """Every step once per round, after one warm-up each."""
     names = list(steps)
@@ -60,9 +65,9 @@ def interleave(steps: dict[str, Step], baseline: str, rounds: int) -> dict[str, 
             gc.collect()
             shift = turn % len(names)
             for name in names[shift:] + names[:shift]:
-                start = time.perf_counter()
+                start = clock()
                 steps[name]()
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     finally:
         if collecting:
             gc.enable()
@@ -74,9 +79,9 @@ def best_of(step: Step, seconds: float = 0.2, at_least: int = 5) -> float:
     step()
     best, end, count = float("inf"), time.perf_counter() + seconds, 0
     while count < at_least or time.perf_counter() < end:
-        start = time.perf_counter()
+        start = clock()
         step()
-        best, count = min(best, time.perf_counter() - start), count + 1
+        best, count = min(best, clock() - start), count + 1
     return best
 
 
