@@ -20,7 +20,9 @@ SHAPES = {
 ROUTINGS = ("router", "balanced", "skew")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OURS, DENSE = "moetrain", "dense limit"
-_COLUMNS = ["shape T,D,F,E,k", "dtype", "routing", "layer", "ms", "spread %", "GFLOP/s", "of dense", "of GEMM peak", "kept / bound", "peak / bound"]
+_COLUMNS = [
+    "shape T,D,F,E,k", "dtype", "routing", "layer", "ms", "spread %", "GFLOP/s", "of dense", "of GEMM peak", "kept / bound", "peak / bound",
+]  # fmt: skip
 
 
 def parse_shape(word: str) -> Shape:
@@ -63,7 +65,8 @@ def run(shapes: list[Shape], dtypes: list[torch.dtype], routings: list[str], rou
     """One table of layers; with a variable shape and the real router, another of what the straight-through estimator costs."""
     roof = measure.roofline(dtypes)
     table = Table(_title(roof), _COLUMNS)
-    steps = Table("Straight-through estimator: forward and backward of the layer, by what is probed", ["shape T,D,F,E,k", "dtype", "ste", "ms", "of off"])
+    title = "Straight-through estimator: forward and backward of the layer, by what is probed"
+    steps = Table(title, ["shape T,D,F,E,k", "dtype", "ste", "ms", "of off"])
     missing: dict[str, set[str]] = {}
     for shape in shapes:
         for dtype in dtypes:
@@ -130,20 +133,25 @@ def _ste(problem: Problem, rounds: int) -> list[dict[str, Any]]:
     return [{**shared, "ste": name, "ms": t.median * 1e3, "of off": 1 / t.ratio} for name, t in timings.items()]
 
 
-def plot(tables: list[Table], path: str) -> None:
+def plot(table: Table, path: str) -> None:
     """Bars: share of the dense limit per row, one colour per layer."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib: pip install 'moetrain[report]'") from None
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [r for r in tables[0].rows if r["layer"] != DENSE]
-    places = list(dict.fromkeys(f"{r['shape T,D,F,E,k']}\n{r['dtype']}, {r['routing']}" for r in rows))
+    rows = [r for r in table.rows if r["layer"] != DENSE]
+    shares = {(r["layer"], f"{r['shape T,D,F,E,k']}\n{r['dtype']}, {r['routing']}"): r["of dense"] for r in rows}
+    places = list(dict.fromkeys(place for _, place in shares))
     layers = list(dict.fromkeys(r["layer"] for r in rows))
     figure, axes = pyplot.subplots(figsize=(max(6.0, 1.3 * len(places)), 4.5), layout="constrained")
     for i, layer in enumerate(layers):
-        own = {f"{r['shape T,D,F,E,k']}\n{r['dtype']}, {r['routing']}": r["of dense"] for r in rows if r["layer"] == layer}
-        axes.bar([p + 0.8 * (i + 0.5) / len(layers) - 0.4 for p in range(len(places))], [own.get(p, 0) for p in places], 0.8 / len(layers), label=layer)
+        width = 0.8 / len(layers)
+        left = [p + width * (i + 0.5) - 0.4 for p in range(len(places))]
+        axes.bar(left, [shares.get((layer, place), 0) for place in places], width, label=layer)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(places)), places, rotation=60, ha="right", fontsize=7)
     axes.set_ylabel("share of the dense limit (forward + backward)")

@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--threads", type=_count, help="threads of every contestant (default: torch's)")
     parse.add_argument("--no-rivals", action="store_true", help="only our layer and the dense limit")
     parse.add_argument("--json", metavar="FILE", help="write tables, machine and versions")
-    parse.add_argument("--plot", metavar="FILE", help="draw the shares (needs matplotlib)")
+    parse.add_argument("--plot", metavar="FILE", help="layer only: draw the shares (needs matplotlib)")
     return parse
 
 
@@ -52,6 +52,8 @@ def main(words: Sequence[str]) -> int:
 
     from moetrain.bench import kernels, layer, measure
 
+    if options.plot and options.subject != "layer":
+        raise ConfigError(f"bench: --plot draws the subject layer, not {options.subject}; use --json")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     shapes = [layer.parse_shape(word) for word in options.shapes]
@@ -64,5 +66,5 @@ def main(words: Sequence[str]) -> int:
     if options.json:
         measure.save(options.json, tables, words)
     if options.plot:
-        (layer if options.subject == "layer" else kernels).plot(tables, options.plot)
+        layer.plot(tables[0], options.plot)
     return 0

@@ -225,7 +225,7 @@ def deepspeed_moe(problem: Problem) -> Contestant:
             gate, up = self.gate_up(rows).chunk(2, -1)
             return self.down(silu(gate) * up)
 
-    layer: Any = MoE(shape.hidden, Expert(), num_experts=shape.experts, k=shape.k, drop_tokens=False, use_rts=False)
+    layer: Any = MoE(shape.hidden, Expert(), num_experts=shape.experts, k=shape.k, drop_tokens=False, use_rts=False, top2_2nd_expert_sampling=False)
     layer.set_deepspeed_parallelism()
     layer.to(problem.x.dtype)
     with torch.no_grad():
