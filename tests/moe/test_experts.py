@@ -23,9 +23,9 @@ def results(dtype: torch.dtype, requires: tuple[bool, bool] = (True, True)) -> l
     drawn[:, 2] = 2
     drawn[0] = 0.7
     probes = ((drawn > 0.5) & (drawn < 0.9)).float() * 1.5
-    weights = torch.rand(90, 5, generator=generator).requires_grad_()
+    weights = torch.rand(90, 5, generator=generator).to(ops.acc_dtype(dtype)).requires_grad_()
     dispatcher = LocalDispatcher()
-    work, plan = dispatcher.dispatch(x, Routing(Decision(drawn < 0.4, probes), weights))
+    work, plan = dispatcher.dispatch(x, Routing(Decision(drawn < 0.4, probes.to(weights.dtype)), weights))
     y = dispatcher.combine(experts(work), plan)
     y.backward(torch.randn(90, 40, generator=generator).to(dtype))
     return [y.detach(), x.grad, experts.gate_up.grad, experts.down.grad, weights.grad]
