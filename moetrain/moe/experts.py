@@ -101,8 +101,8 @@ def _probe_products(rows: Tensor, grad: Tensor, gate_up: Tensor, down: Tensor, p
     return torch.cat(products) if products else grad.new_empty(0)
 
 
-# The three grouped products. CUDA: one kernel (grouped_mm) that reads the counts on the device. CPU: a loop, which is faster than grouped_mm
-# there for every shape tried, works for float64, and needs no alignment.
+# The three grouped products. CUDA: one kernel (grouped_mm) that reads the counts on the device. CPU, where `ops.experts` can't be used (float64, a
+# processor or torch without the micro-kernels): a loop, which is faster than grouped_mm there for every shape tried and needs no alignment.
 
 
 def gemm_nt(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
