@@ -96,6 +96,37 @@ struct SwigluDotArgs {
   void* out;            // (R,) acc
 };
 
+// The experts' SwiGLU FFNs over a route list, CPU, float32 and bfloat16. out[t] = sum over the routes r of t of
+// weights[r] (silu(x G^T) * (x U^T)) V^T, with x = rows[tokens[r]], G | U and V the expert's matrices; and its derivatives. The probe pass
+// computes grad_weights alone, from rows and grad. Rows "+ 8" are never read for a result: blocks of rows are rounded up.
+enum class ExpertsPass { forward, backward, probe };
+struct ExpertsArgs {
+  DType dtype;
+  const void* rows;       // (N, D)
+  const void* gate_up;    // (E, 2 F, D)
+  const void* down;       // (E, D, F)
+  const float* weights;   // (R,); not of the probe pass
+  const int32_t* tokens;  // (R,) sorted by expert
+  const int32_t* counts;  // (E,) adding up to R
+  const void* grad;       // (N, D): of out; backward and probe
+  int64_t num_rows;       // N
+  int64_t num_routes;     // R
+  int64_t num_experts;    // E
+  int64_t dim;            // D
+  int64_t expert_dim;     // F
+  void* pre;              // (R, 2 F): written by forward, read by backward
+  void* activation;       // (R + 8, experts_row_elements(F)), temporary
+  void* grad_pre;         // (R + 8, 2 F), temporary; backward
+  void* out;              // (N, D); forward
+  void* grad_rows;        // (N, D), or null; backward, as those below
+  void* grad_gate_up;     // (E, 2 F, D), or null
+  void* grad_down;        // (E, D, F), or null
+  float* grad_weights;    // (R,): <grad[tokens[r]], output of the expert before its weight>
+  int64_t num_threads;    // that may work
+  void* workspace;        // experts_workspace() bytes, aligned to 64
+  int64_t workspace_bytes;
+};
+
 namespace cpu {
 // Returns how many ones the mask has. When that is not num_routes, nothing is written.
 int64_t route(const RouteArgs& args);
@@ -105,6 +136,12 @@ void combine_backward(const CombineBackwardArgs& args);
 void swiglu(const SwigluArgs& args);
 void swiglu_backward(const SwigluBackwardArgs& args);
 void swiglu_dot(const SwigluDotArgs& args);
+bool has_experts(DType dtype);  // whether this torch on this processor has what the passes below are made of
+int64_t experts_row_elements(DType dtype, int64_t dim);
+int64_t experts_workspace(const ExpertsArgs& args, ExpertsPass pass);
+void experts_forward(const ExpertsArgs& args);
+void experts_backward(const ExpertsArgs& args);
+void experts_probe(const ExpertsArgs& args);
 }  // namespace cpu
 
 // `stream` is a cudaStream_t. A kernel never waits for the device. Launch errors are thrown as std::runtime_error.

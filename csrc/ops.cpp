@@ -8,6 +8,11 @@
 #include <limits>
 #include <optional>
 #include <tuple>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -29,6 +34,13 @@ STABLE_TORCH_LIBRARY(moetrain, m) {
       "swiglu_backward(Tensor grad, Tensor gate_up, Tensor? weights) -> "
       "(Tensor grad_gate_up, Tensor grad_weights, Tensor activation)");
   m.def("swiglu_dot(Tensor grad, Tensor gate_up) -> Tensor");
+  m.def("has_experts(Tensor like) -> bool");
+  m.def(
+      "experts(Tensor rows, Tensor gate_up, Tensor down, Tensor weights, Tensor tokens, Tensor counts) -> (Tensor out, Tensor pre)");
+  m.def(
+      "experts_backward(Tensor grad, Tensor rows, Tensor gate_up, Tensor down, Tensor weights, Tensor pre, Tensor tokens, Tensor counts, "
+      "bool[3] needs) -> (Tensor grad_rows, Tensor grad_gate_up, Tensor grad_down, Tensor grad_weights)");
+  m.def("experts_probe(Tensor grad, Tensor rows, Tensor gate_up, Tensor down, Tensor tokens, Tensor counts) -> Tensor");
 }
 
 namespace moetrain {
@@ -333,6 +345,130 @@ Tensor swiglu_dot(Tensor grad, Tensor gate_up) {
   return out;
 }
 
+// The experts' block, CPU only.
+
+// Like `empty`, in huge pages if the system has them and the tensor is large: it is written whole and at once, and a fault for each 4 KiB of
+// fresh memory costs as much as filling it.
+Tensor empty_large(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
+  Tensor tensor = empty(sizes, dtype, like);
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  const uintptr_t first = (start + page - 1) / page * page, last = (start + tensor.numel() * tensor.element_size()) / page * page;
+  // A refusal changes nothing.
+  if (first < last) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return tensor;
+}
+
+bool has_experts(Tensor like) {
+  const ScalarType dtype = like.scalar_type();
+  return (dtype == ScalarType::Float && cpu::has_experts(DType::f32)) || (dtype == ScalarType::BFloat16 && cpu::has_experts(DType::bf16));
+}
+
+// The checked arguments of a pass, contiguous, and its workspace. Tensors are kept here as long as the pointers in `args` are used.
+struct Experts {
+  Tensor rows, gate_up, down, tokens, counts;
+  ExpertsArgs args{};
+
+  Experts(const char* op, Tensor rows_, Tensor gate_up_, Tensor down_, Tensor tokens_, Tensor counts_)
+      : rows(rows_), gate_up(gate_up_), down(down_), tokens(tokens_), counts(counts_) {
+    if (!has_experts(rows)) fail(op, "rows", "float32 or bfloat16 and a torch with oneDNN's brgemm", dtype_name(rows.scalar_type()));
+    args.dtype = data_dtype(op, "rows", rows);
+    CHECK_SHAPE(op, rows, kAnySize, kAnySize);
+    CHECK_SHAPE(op, down, kAnySize, kAnySize, kAnySize);
+    CHECK_SHAPE(op, tokens, kAnySize);
+    args.num_rows = rows.size(0), args.dim = rows.size(1), args.num_routes = tokens.size(0);
+    args.num_experts = down.size(0), args.expert_dim = down.size(2);
+    matrix(op, "gate_up", gate_up, {args.num_experts, 2 * args.expert_dim, args.dim});
+    matrix(op, "down", down, {args.num_experts, args.dim, args.expert_dim});
+    rows = contiguous(rows);
+    tokens = checked_index(op, "tokens", tokens, args.num_routes, rows);
+    counts = checked_index(op, "counts", counts, args.num_experts, rows);
+    check_range(op, "tokens", tokens, args.num_rows);
+    args.rows = rows.const_data_ptr(), args.gate_up = gate_up.const_data_ptr(), args.down = down.const_data_ptr();
+    args.tokens = static_cast<const int32_t*>(tokens.const_data_ptr());
+    args.counts = static_cast<const int32_t*>(counts.const_data_ptr());
+    int64_t total = 0;
+    for (int64_t e = 0; e < args.num_experts; ++e) total += args.counts[e] < 0 ? -(int64_t{1} << 40) : args.counts[e];
+    if (total != args.num_routes) fail(op, "counts", "counts >= 0 that add up to " + std::to_string(args.num_routes), "others");
+  }
+
+  void matrix(const char* op, const char* name, Tensor& tensor, std::initializer_list<int64_t> shape) {
+    check_device(op, name, tensor, rows);
+    check_dtype(op, name, tensor, rows.scalar_type());
+    check_shape(op, name, tensor, shape);
+    tensor = contiguous(tensor);
+  }
+
+  Tensor temporary(int64_t columns) { return empty_large({args.num_routes + 8, columns}, rows.scalar_type(), rows); }
+
+  void run(void (*kernel)(const ExpertsArgs&), ExpertsPass pass) {
+    args.num_threads = torch::stable::get_num_threads();
+    args.workspace_bytes = cpu::experts_workspace(args, pass);
+    Tensor workspace = empty_large({args.workspace_bytes}, ScalarType::Byte, rows);
+    args.workspace = workspace.mutable_data_ptr();
+    kernel(args);
+  }
+};
+
+std::tuple<Tensor, Tensor> experts(Tensor rows, Tensor gate_up, Tensor down, Tensor weights, Tensor tokens, Tensor counts) {
+  const char* op = "experts";
+  Experts e(op, rows, gate_up, down, tokens, counts);
+  ExpertsArgs& a = e.args;
+  weights = *checked_weights(op, weights, e.rows, a.num_routes);
+  Tensor out = empty_large({a.num_rows, a.dim}, e.rows.scalar_type(), e.rows);
+  Tensor pre = empty_large({a.num_routes, 2 * a.expert_dim}, e.rows.scalar_type(), e.rows);
+  Tensor activation = e.temporary(cpu::experts_row_elements(a.dtype, a.expert_dim));
+  a.weights = static_cast<const float*>(weights.const_data_ptr());
+  a.out = out.mutable_data_ptr();
+  a.pre = pre.mutable_data_ptr();
+  a.activation = activation.mutable_data_ptr();
+  e.run(cpu::experts_forward, ExpertsPass::forward);
+  return {out, pre};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(
+    Tensor grad, Tensor rows, Tensor gate_up, Tensor down, Tensor weights, Tensor pre, Tensor tokens, Tensor counts,
+    std::vector<bool> needs) {
+  const char* op = "experts_backward";
+  Experts e(op, rows, gate_up, down, tokens, counts);
+  ExpertsArgs& a = e.args;
+  weights = *checked_weights(op, weights, e.rows, a.num_routes);
+  e.matrix(op, "grad", grad, {a.num_rows, a.dim});
+  e.matrix(op, "pre", pre, {a.num_routes, 2 * a.expert_dim});
+  const ScalarType dtype = e.rows.scalar_type();
+  // What is not wanted comes back empty.
+  Tensor grad_rows = needs[0] ? empty_large({a.num_rows, a.dim}, dtype, rows) : empty({0}, dtype, rows);
+  Tensor grad_gate_up = needs[1] ? empty_large({a.num_experts, 2 * a.expert_dim, a.dim}, dtype, rows) : empty({0}, dtype, rows);
+  Tensor grad_down = needs[2] ? empty_large({a.num_experts, a.dim, a.expert_dim}, dtype, rows) : empty({0}, dtype, rows);
+  Tensor grad_weights = empty_large({a.num_routes}, ScalarType::Float, rows);
+  Tensor activation = e.temporary(cpu::experts_row_elements(a.dtype, a.expert_dim)), grad_pre = e.temporary(2 * a.expert_dim);
+  a.weights = static_cast<const float*>(weights.const_data_ptr());
+  a.grad = grad.const_data_ptr();
+  a.pre = pre.mutable_data_ptr();
+  a.activation = activation.mutable_data_ptr();
+  a.grad_pre = grad_pre.mutable_data_ptr();
+  a.grad_rows = needs[0] ? grad_rows.mutable_data_ptr() : nullptr;
+  a.grad_gate_up = needs[1] ? grad_gate_up.mutable_data_ptr() : nullptr;
+  a.grad_down = needs[2] ? grad_down.mutable_data_ptr() : nullptr;
+  a.grad_weights = static_cast<float*>(grad_weights.mutable_data_ptr());
+  e.run(cpu::experts_backward, ExpertsPass::backward);
+  return {grad_rows, grad_gate_up, grad_down, grad_weights};
+}
+
+Tensor experts_probe(Tensor grad, Tensor rows, Tensor gate_up, Tensor down, Tensor tokens, Tensor counts) {
+  const char* op = "experts_probe";
+  Experts e(op, rows, gate_up, down, tokens, counts);
+  ExpertsArgs& a = e.args;
+  e.matrix(op, "grad", grad, {a.num_rows, a.dim});
+  Tensor out = empty_large({a.num_routes}, ScalarType::Float, rows);
+  a.grad = grad.const_data_ptr();
+  a.grad_weights = static_cast<float*>(out.mutable_data_ptr());
+  e.run(cpu::experts_probe, ExpertsPass::probe);
+  return out;
+}
+
 #define REGISTER_ALL(m)                                 \
   m.impl("route", TORCH_BOX(&route));                   \
   m.impl("permute", TORCH_BOX(&permute));               \
@@ -344,7 +480,13 @@ Tensor swiglu_dot(Tensor grad, Tensor gate_up) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(moetrain, CPU, m) { REGISTER_ALL(m); }
+STABLE_TORCH_LIBRARY_IMPL(moetrain, CPU, m) {
+  REGISTER_ALL(m);
+  m.impl("has_experts", TORCH_BOX(&has_experts));
+  m.impl("experts", TORCH_BOX(&experts));
+  m.impl("experts_backward", TORCH_BOX(&experts_backward));
+  m.impl("experts_probe", TORCH_BOX(&experts_probe));
+}
 #ifdef USE_CUDA
 STABLE_TORCH_LIBRARY_IMPL(moetrain, CUDA, m) { REGISTER_ALL(m); }
 #endif

@@ -50,6 +50,10 @@ COMMANDS = {
         "check a config and print it with every default; --schema prints the JSON schema",
         "moetrain config --config configs/quickstart/moe.yaml",
     ),
+    "bench": (
+        "speed and memory of the sparse layer on this machine, against the dense limit and installed rivals",
+        "moetrain bench layer --shapes coarse fine --dtypes bfloat16 --json layer.json",
+    ),
     "doctor": (
         "what is installed, what will be used, what to install for more; --json for programs",
         "moetrain doctor",
@@ -117,6 +121,10 @@ def _main(words: list[str]) -> int:
     if "-h" in words or "--help" in words:
         print(_help(command))
         return 0
+    if command == "bench":
+        from moetrain.bench.main import main as bench
+
+        return bench(words)
     if command == "doctor":
         from moetrain import doctor
 
@@ -204,6 +212,10 @@ _SECTIONS = {
 def _help(command: str) -> str:
     what, example = COMMANDS[command]
     lines = [f"moetrain {command}: {what}", "", f"example: {example}", ""]
+    if command == "bench":
+        from moetrain.bench.main import parser
+
+        return "\n".join([*lines, parser().format_help()])
     if command == "doctor":
         return "\n".join([*lines, "  --json    print facts as JSON"])
     lines += [

@@ -10,6 +10,8 @@ results are contiguous. Every size may be 0. Results don't depend on the number 
 doesn't fit raises RuntimeError with the operator, the tensor, what was expected and what was found.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,10 @@ __all__ = [
     "acc_dtype",
     "combine",
     "combine_backward",
+    "experts",
+    "experts_backward",
+    "experts_probe",
+    "has_experts",
     "permute",
     "route",
     "swiglu",
@@ -106,6 +112,57 @@ def swiglu_dot(grad: Tensor, gate_up: Tensor) -> Tensor:
     return _ops.swiglu_dot(grad, gate_up)
 
 
+def has_experts(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `experts` and its kin can be used: CPU, float32 or bfloat16, and a torch and a processor with oneDNN's brgemm for it."""
+    return device.type == "cpu" and _has_experts(dtype)
+
+
+@functools.cache
+def _has_experts(dtype: torch.dtype) -> bool:
+    return _ops.has_experts(torch.empty(0, dtype=dtype))
+
+
+def experts(rows: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, tokens: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The experts' SwiGLU FFNs over a route list and their weighted sums per row, in one pass. Where `has_experts` says so.
+
+    rows: (N, D). gate_up: (E, 2 F, D), the gate's rows first. down: (E, D, F). weights: (R,) float32.
+    tokens: (R,) int32, the row of each route, sorted by expert. counts: (E,) int32, routes per expert.
+
+    Returns:
+        out: (N, D), sum over the routes r of a row of weights[r] * (silu(x G^T) * (x U^T)) V^T. The sum and all products are in
+            float32; only pre-activations and activations are rounded to the dtype before.
+        pre: (R, 2 F), the pre-activations, for the backward.
+    """
+    return _ops.experts(rows, gate_up, down, weights, tokens, counts)
+
+
+def experts_backward(
+    grad: Tensor,
+    rows: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    pre: Tensor,
+    tokens: Tensor,
+    counts: Tensor,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `experts` for grad (N, D). Not differentiable.
+
+    needs: which of the first three results are wanted; the others are (0,).
+
+    Returns:
+        grad_rows: (N, D). grad_gate_up: (E, 2 F, D). grad_down: (E, D, F). Summed in float32, rounded once.
+        grad_weights: (R,) float32, <grad of the route's row, the expert's output for it>.
+    """
+    return _ops.experts_backward(grad, rows, gate_up, down, weights, pre, tokens, counts, needs)
+
+
+def experts_probe(grad: Tensor, rows: Tensor, gate_up: Tensor, down: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
+    """(Q,) float32: <grad of the probe's row, the expert's output for it>, from (N, D) grad and rows. Not differentiable."""
+    return _ops.experts_probe(grad, rows, gate_up, down, tokens, counts)
+
+
 # Fakes: the shapes and dtypes alone, for torch.compile and FakeTensor.
 
 
@@ -150,6 +207,22 @@ def _(grad, gate_up):
     return gate_up.new_empty((gate_up.shape[0],), dtype=acc_dtype(gate_up.dtype))
 
 
+@torch.library.register_fake("moetrain::experts")
+def _(rows, gate_up, down, weights, tokens, counts):
+    return torch.empty_like(rows, memory_format=torch.contiguous_format), rows.new_empty((tokens.shape[0], gate_up.shape[1]))
+
+
+@torch.library.register_fake("moetrain::experts_backward")
+def _(grad, rows, gate_up, down, weights, pre, tokens, counts, needs):
+    wanted = (rows.new_empty(t.shape if needed else (0,)) for t, needed in zip((rows, gate_up, down), needs))
+    return *wanted, rows.new_empty(tokens.shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("moetrain::experts_probe")
+def _(grad, rows, gate_up, down, tokens, counts):
+    return rows.new_empty(tokens.shape, dtype=torch.float32)
+
+
 # Gradients. Each backward is another operator.
 
 
@@ -192,6 +265,21 @@ torch.library.register_autograd("moetrain::combine", _backward_combine, setup_co
 torch.library.register_autograd("moetrain::swiglu", _backward_swiglu, setup_context=_save_swiglu)
 
 
+def _save_experts(ctx, inputs, output):
+    rows, gate_up, down, weights, tokens, counts = inputs
+    ctx.save_for_backward(rows, gate_up, down, weights, output[1], tokens, counts)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_experts(ctx, grad, _):
+    needs = ctx.needs_input_grad
+    grads = experts_backward(grad, *ctx.saved_tensors, needs[:3])
+    return *(g if needed else None for g, needed in zip(grads, needs)), None, None
+
+
+torch.library.register_autograd("moetrain::experts", _backward_experts, setup_context=_save_experts)
+
+
 def _register_no_gradient(name: str) -> None:
     """Makes a second derivative an error; without a formula torch would return none and only warn."""
 
@@ -201,5 +289,5 @@ def _register_no_gradient(name: str) -> None:
     torch.library.register_autograd(f"moetrain::{name}", backward)
 
 
-for _name in ("combine_backward", "swiglu_backward", "swiglu_dot"):
+for _name in ("combine_backward", "swiglu_backward", "swiglu_dot", "experts_backward", "experts_probe"):
     _register_no_gradient(_name)

@@ -81,3 +81,25 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tu
         grad_gate_up[r, :half] = upstream * up * (1 + e + gate * e) / (1 + e) ** 2
         grad_gate_up[r, half:] = upstream * silu(gate)
     return grad_gate_up, swiglu_dot(grad, gate_up), swiglu(gate_up, weights)
+
+
+def experts(rows: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, tokens: Tensor, counts: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """Route by route, with the derivatives written out. -> out, pre, and grad_ of rows, gate_up, down, weights."""
+    rows, gate_up, down, weights, grad = (t.double() for t in (rows, gate_up, down, weights, grad))
+    half = down.shape[2]
+    found = {"out": torch.zeros_like(rows), "pre": torch.zeros(len(tokens), 2 * half, dtype=torch.float64)}
+    found |= {f"grad_{n}": torch.zeros_like(t) for n, t in (("rows", rows), ("gate_up", gate_up), ("down", down), ("weights", weights))}
+    expert_of = [e for e, count in enumerate(counts.tolist()) for _ in range(count)]
+    for r, (token, e) in enumerate(zip(tokens.tolist(), expert_of)):
+        pre = gate_up[e] @ rows[token]
+        activation = silu(pre[:half]) * pre[half:]
+        output = down[e] @ activation
+        found["pre"][r] = pre
+        found["out"][token] += weights[r] * output
+        found["grad_weights"][r] = grad[token] @ output
+        found["grad_down"][e] += weights[r] * torch.outer(grad[token], activation)
+        upstream = weights[r] * (down[e].T @ grad[token])
+        grad_pre, _, _ = swiglu_backward(upstream[None], pre[None], None)
+        found["grad_gate_up"][e] += torch.outer(grad_pre[0], rows[token])
+        found["grad_rows"][token] += gate_up[e].T @ grad_pre[0]
+    return found

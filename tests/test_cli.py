@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from moetrain import __version__
+from moetrain.bench.main import parser as bench_parser
 from moetrain.checkpoint import find_damage
 from moetrain.cli import COMMANDS, main
 from moetrain.config import load_config, parse_yaml, to_yaml
@@ -227,7 +228,7 @@ def test_help(command: str, capfd: pytest.CaptureFixture[str]) -> None:
         "eval": "data.eval",
         "generate": "generate.top_p",
     }
-    option |= {"export": "export.output", "config": "schema", "doctor": "json"}
+    option |= {"export": "export.output", "config": "schema", "doctor": "json", "bench": "rounds"}
     assert f"  --{option[command]}" in said
     if command == "train":
         assert "--train.dtype (default float32; one of float32, bfloat16, float64)" in said and "--train.steps (required)" in said
@@ -239,6 +240,9 @@ def test_every_example_is_right(capfd: pytest.CaptureFixture[str]) -> None:
         words = shlex.split(example)
         words = words[words.index("moetrain") + 1 :]
         assert words.pop(0) == command
+        if command == "bench":
+            assert bench_parser().parse_args(words).subject == "layer"
+            continue
         while words:
             name, value = words.pop(0), words.pop(0)
             if name == "--config":

@@ -245,6 +245,121 @@ def test_random_routes(num_tokens, num_experts, density, dim, dtype, seed):
     )
 
 
+# --- the experts' block ---
+
+# (N, D, F, E, probability of a route): whole blocks; odd sizes and rows that are no multiple of anything; empty experts; one row; more rows of
+# an expert than one chunk or one sum takes; many experts with one route or none; nothing at all.
+BLOCKS = [
+    (150, 64, 64, 4, 0.5), (50, 33, 7, 6, 0.4), (40, 20, 131, 3, 0.3), (1, 16, 16, 2, 1.0), (1100, 18, 10, 2, 0.95), (64, 130, 32, 256, 0.02),
+    (9, 66, 65, 3, 0.0), (0, 8, 8, 3, 1.0), (30, 320, 40, 3, 0.7), (5, 1, 1, 3, 0.9),
+]  # fmt: skip
+
+
+def experts_case(sizes, dtype):
+    """(rows, gate_up, down, weights, tokens, counts), grad; the first expert has no route."""
+    num_rows, dim, width, num_experts, density = sizes
+    generator = torch.Generator().manual_seed(dim)
+    mask = torch.rand(num_rows, num_experts, generator=generator) < density
+    mask[:, 0] = False
+    tokens, counts, _, _ = ops.route(mask, int(mask.sum()))
+
+    def data(*shape, std=1.0):
+        return (torch.randn(*shape, generator=generator) * std).to(dtype)
+
+    weights = torch.randn(len(tokens), generator=generator)
+    matrices = data(num_experts, 2 * width, dim, std=dim**-0.5), data(num_experts, dim, width, std=width**-0.5)
+    return (data(num_rows, dim), *matrices, weights, tokens, counts), data(num_rows, dim)
+
+
+def needs_experts(dtype):
+    if not ops.has_experts(torch.device("cpu"), dtype):
+        pytest.skip(f"this torch or processor has no brgemm for {dtype}")
+
+
+def relative(found, expected):
+    return ((found.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", BLOCKS, ids=str)
+def test_experts_equal_reference(sizes, dtype):
+    """Output, pre-activations and every gradient, by norm and by the worst element; the probes' products too, on the same list."""
+    needs_experts(dtype)
+    arguments, grad = experts_case(sizes, dtype)
+    rows, gate_up, down, weights, tokens, counts = arguments
+    expected = reference.experts(*arguments, grad)
+    found = dict(zip(("out", "pre"), ops.experts(*arguments)))
+    names = ("grad_rows", "grad_gate_up", "grad_down", "grad_weights")
+    found |= zip(names, ops.experts_backward(grad, *arguments[:4], found["pre"], tokens, counts))
+    found["probe"], expected["probe"] = ops.experts_probe(grad, rows, gate_up, down, tokens, counts), expected["grad_weights"]
+    # bfloat16: pre-activations, activations and results are rounded, each by half of 2^-8 at most; sums are float32.
+    typical, worst = (2e-6, 2e-5) if dtype == torch.float32 else (1e-2, 4e-2)
+    for name, value in found.items():
+        assert value.shape == expected[name].shape and value.dtype == (torch.float32 if name in ("grad_weights", "probe") else dtype), name
+        assert value.isfinite().all(), name
+        assert relative(value, expected[name]) < typical, (name, relative(value, expected[name]))
+        if value.numel():
+            assert (value.double() - expected[name]).abs().max() <= worst * expected[name].abs().max(), name
+    assert (found["grad_gate_up"][0] == 0).all() and (found["grad_down"][0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_experts_through_autograd(dtype):
+    """`ops.experts` under autograd gives what its backward gives; what is not needed is not computed; opcheck."""
+    needs_experts(dtype)
+    arguments, grad = experts_case((40, 24, 18, 3, 0.6), dtype)
+    leaves = [t.clone().requires_grad_() for t in arguments[:4]]
+    out, pre = ops.experts(*leaves, *arguments[4:])
+    grads = torch.autograd.grad(out, leaves, grad)
+    direct = ops.experts_backward(grad, *arguments[:4], pre, *arguments[4:])
+    for a, b in zip(grads, direct, strict=True):
+        assert torch.equal(a, b)
+    for only in range(3):
+        needs = tuple(i == only for i in range(3))
+        part = ops.experts_backward(grad, *arguments[:4], pre, *arguments[4:], needs)
+        assert [p.numel() > 0 for p in part[:3]] == list(needs) and torch.equal(part[only], direct[only]) and torch.equal(part[3], direct[3])
+    overload = lambda op: getattr(torch.ops.moetrain, op).default  # noqa: E731
+    torch.library.opcheck(overload("experts"), (*leaves, *arguments[4:]))
+    torch.library.opcheck(overload("experts_backward"), (grad, *arguments[:4], pre.detach(), *arguments[4:], [True, False, True]))
+    torch.library.opcheck(overload("experts_probe"), (grad, *arguments[:3], *arguments[4:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_do_not_change_a_bit_of_experts(dtype):
+    """One, two and three threads: other slices and groups of columns, the same sums."""
+    needs_experts(dtype)
+    arguments, grad = experts_case((900, 576, 80, 5, 0.7), dtype)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            out, pre = ops.experts(*arguments)
+            backward = ops.experts_backward(grad, *arguments[:4], pre, *arguments[4:])
+            results.append([out, pre, *backward, ops.experts_probe(grad, *arguments[:3], *arguments[4:])])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_experts_refuse_wrong_arguments():
+    needs_experts(torch.float32)
+    arguments, grad = experts_case((12, 6, 4, 3, 0.6), torch.float32)
+    rows, gate_up, down, weights, tokens, counts = arguments
+    for wrong, message in [
+        ((rows, gate_up[:, :6], down, weights, tokens, counts), "experts: gate_up: expected shape (3, 8, 6), found (3, 6, 6)"),
+        ((rows, gate_up, down, weights[1:], tokens, counts), "experts: weights: expected shape"),
+        ((rows, gate_up, down, weights, tokens + 12, counts), "experts: tokens: expected indices in [0, 12)"),
+        ((rows, gate_up, down, weights, tokens, counts + 1), f"experts: counts: expected counts >= 0 that add up to {len(tokens)}"),
+        ((rows.double(), gate_up, down, weights, tokens, counts), "experts: rows: expected float32 or bfloat16"),
+        ((rows.bfloat16(), gate_up, down, weights, tokens, counts), "experts: gate_up: expected bfloat16, found float32"),
+    ]:
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            ops.experts(*wrong)
+    assert not ops.has_experts(torch.device("cpu"), torch.float64) and not ops.has_experts(torch.device("meta"), torch.float32)
+
+
 # --- gradients and the dispatcher ---
 
 

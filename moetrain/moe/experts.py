@@ -50,10 +50,14 @@ class _Experts(torch.autograd.Function):
         routes: RouteList,
         probes: RouteList | None,
     ) -> Tensor:
+        ctx.routes, ctx.probes = routes, probes
+        if ops.has_experts(rows.device, rows.dtype):
+            output, pre = ops.experts(rows, gate_up, down, weights, routes.tokens, routes.counts)
+            ctx.save_for_backward(rows, gate_up, down, weights, pre)
+            return output
         index = routes.without_counts()
         pre = gemm_nt(ops.permute(rows, *index), gate_up, routes.counts)
         outputs = gemm_nt(ops.swiglu(pre, weights), down, routes.counts)
-        ctx.routes, ctx.probes = routes, probes
         ctx.save_for_backward(rows, gate_up, down, weights, pre)
         return ops.combine(outputs, *index)
 
@@ -63,20 +67,26 @@ class _Experts(torch.autograd.Function):
         routes: RouteList = ctx.routes
         probes: RouteList | None = ctx.probes
         grad, index, counts = grad.contiguous(), routes.without_counts(), routes.counts
+        grad_probes = None
+        if probes is not None and ctx.needs_input_grad[4]:
+            grad_probes = _probe_products(rows, grad, gate_up, down, probes).to(weights.dtype)
+        if ops.has_experts(rows.device, rows.dtype):
+            needs = ctx.needs_input_grad[:3]
+            grads = ops.experts_backward(grad, rows, gate_up, down, weights, pre, routes.tokens, counts, needs)
+            return *(g if needed else None for g, needed in zip(grads, needs)), grads[3], grad_probes, None, None
         grad_outputs = ops.permute(grad, *index)
         grad_pre, grad_weights, activation = ops.swiglu_backward(gemm_nn(grad_outputs, down, counts), pre, weights)
         grad_down = gemm_tn(grad_outputs, activation, counts) if ctx.needs_input_grad[2] else None
         del grad_outputs, activation
         grad_gate_up = gemm_tn(grad_pre, ops.permute(rows, *index), counts) if ctx.needs_input_grad[1] else None
         grad_rows = ops.combine(gemm_nn(grad_pre, gate_up, counts), *index) if ctx.needs_input_grad[0] else None
-        grad_probes = None
-        if probes is not None and ctx.needs_input_grad[4]:
-            grad_probes = _probe_products(rows, grad, gate_up, down, probes).to(weights.dtype)
         return grad_rows, grad_gate_up, grad_down, grad_weights.to(weights.dtype), grad_probes, None, None
 
 
 def _probe_products(rows: Tensor, grad: Tensor, gate_up: Tensor, down: Tensor, probes: RouteList) -> Tensor:
     """(Q,): <dy_t, o_te> of each probe. On the CPU one expert at a time, so that no tensor of size Q x D ever exists."""
+    if ops.has_experts(rows.device, rows.dtype):
+        return ops.experts_probe(grad, rows, gate_up, down, probes.tokens, probes.counts)
     if rows.device.type != "cpu":
         index = probes.without_counts()
         pre = gemm_nt(ops.permute(rows, *index), gate_up, probes.counts)
@@ -91,8 +101,8 @@ def _probe_products(rows: Tensor, grad: Tensor, gate_up: Tensor, down: Tensor, p
     return torch.cat(products) if products else grad.new_empty(0)
 
 
-# The three grouped products. CUDA: one kernel (grouped_mm) that reads the counts on the device. CPU: a loop, which is faster than grouped_mm
-# there for every shape tried, works for float64, and needs no alignment.
+# The three grouped products. CUDA: one kernel (grouped_mm) that reads the counts on the device. CPU, where `ops.experts` can't be used (float64, a
+# processor or torch without the micro-kernels): a loop, which is faster than grouped_mm there for every shape tried and needs no alignment.
 
 
 def gemm_nt(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

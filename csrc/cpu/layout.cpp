@@ -1,0 +1,130 @@
+// See layout.h. Everything transposed goes through 16 x 16 blocks of 32-bit numbers: floats, or pairs of bfloat16 whose two
+// rows were interleaved before.
+#include "layout.h"
+
+#include <algorithm>
+
+namespace moetrain::cpu {
+
+namespace {
+
+#if defined(__GNUC__) && !defined(__clang__)
+#define MOETRAIN_VECTORS 1
+typedef uint32_t Vector __attribute__((vector_size(64)));
+typedef uint32_t UnalignedVector __attribute__((vector_size(64), aligned(4), may_alias));
+
+// Lanes of (a, b): where bit D of the lane's number is clear, a's own lane (FIRST) or the one D further; else b's D before, or its own.
+template <int D, bool FIRST>
+MOETRAIN_INLINE void exchange(const Vector& a, const Vector& b, Vector& out) {
+  Vector lanes;
+  for (uint32_t j = 0; j < 16; ++j) lanes[j] = FIRST ? (j & D ? 16 + j - D : j) : (j & D ? 16 + j : j + D);
+  out = __builtin_shuffle(a, b, lanes);
+}
+
+template <int D>
+MOETRAIN_INLINE void exchange_all(Vector* rows) {
+  for (int i = 0; i < 16; ++i) {
+    if (i & D) continue;
+    const Vector a = rows[i], b = rows[i + D];
+    exchange<D, true>(a, b, rows[i]);
+    exchange<D, false>(a, b, rows[i + D]);
+  }
+}
+#endif
+
+// out[c * ldo + r] = in[r * ldi + c] for r < 16, c < 16.
+MOETRAIN_INLINE void transpose_block(const uint32_t* in, int64_t ldi, uint32_t* out, int64_t ldo) {
+#ifdef MOETRAIN_VECTORS
+  Vector rows[16];
+  for (int i = 0; i < 16; ++i) rows[i] = *reinterpret_cast<const UnalignedVector*>(in + i * ldi);
+  exchange_all<1>(rows);
+  exchange_all<2>(rows);
+  exchange_all<4>(rows);
+  exchange_all<8>(rows);
+  for (int i = 0; i < 16; ++i) *reinterpret_cast<UnalignedVector*>(out + i * ldo) = rows[i];
+#else
+  for (int r = 0; r < 16; ++r) {
+    for (int c = 0; c < 16; ++c) out[c * ldo + r] = in[r * ldi + c];
+  }
+#endif
+}
+
+MOETRAIN_MULTIVERSION void transpose_words(const uint32_t* in, int64_t ldi, int64_t rows, int64_t columns, uint32_t* out, int64_t ldo) {
+  const int64_t whole_rows = rows / 16 * 16, whole_columns = columns / 16 * 16;
+  for (int64_t c = 0; c < whole_columns; c += 16) {
+    for (int64_t r = 0; r < whole_rows; r += 16) transpose_block(in + r * ldi + c, ldi, out + c * ldo + r, ldo);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c) out[c * ldo + r] = in[r * ldi + c];
+  }
+}
+
+// out[j] = the pair (first[j], second[j]); without a second row its half is 0.
+MOETRAIN_MULTIVERSION void interleave(const uint16_t* first, const uint16_t* second, int64_t size, uint32_t* out) {
+  if (second) {
+    MOETRAIN_INDEPENDENT
+    for (int64_t j = 0; j < size; ++j) out[j] = first[j] | static_cast<uint32_t>(second[j]) << 16;
+  } else {
+    MOETRAIN_INDEPENDENT
+    for (int64_t j = 0; j < size; ++j) out[j] = first[j];
+  }
+}
+
+template <class T>
+void gather_rows(Rows<T> rows, int64_t num_rows, int64_t width, T* out, int64_t ldo) {
+  for (int64_t k = 0; k < num_rows; ++k, out += ldo) {
+    if (width > 0) std::memcpy(out, rows[k], width * sizeof(T));
+    if (ldo > width) std::memset(out + width, 0, (ldo - width) * sizeof(T));
+  }
+}
+
+}  // namespace
+
+void gather(Rows<float> rows, int64_t num_rows, int64_t width, float* out, int64_t ldo) { gather_rows(rows, num_rows, width, out, ldo); }
+void gather(Rows<bfloat16> rows, int64_t num_rows, int64_t width, bfloat16* out, int64_t ldo) {
+  gather_rows(rows, num_rows, width, out, ldo);
+}
+
+void pack_rows(Rows<float> rows, int64_t K, int64_t padded, int64_t N, float* panel, int64_t ldb) {
+  for (int64_t k = 0; k < K; ++k) std::memcpy(panel + k * ldb, rows[k], N * sizeof(float));
+  for (int64_t k = K; k < padded; ++k) std::memset(panel + k * ldb, 0, N * sizeof(float));
+}
+
+void pack_rows(Rows<bfloat16> rows, int64_t K, int64_t padded, int64_t N, bfloat16* panel, int64_t ldb) {
+  for (int64_t k = 0; k < padded; k += 2) {
+    uint32_t* out = reinterpret_cast<uint32_t*>(panel + k * ldb);
+    if (k >= K) {
+      std::memset(out, 0, N * sizeof(uint32_t));
+      continue;
+    }
+    const bfloat16* second = k + 1 < K ? rows[k + 1] : nullptr;
+    interleave(reinterpret_cast<const uint16_t*>(rows[k]), reinterpret_cast<const uint16_t*>(second), N, out);
+  }
+}
+
+void pack_transposed(const float* w, int64_t ldw, int64_t K, int64_t N, float* panel, int64_t ldb) {
+  transpose_words(reinterpret_cast<const uint32_t*>(w), ldw, N, K, reinterpret_cast<uint32_t*>(panel), ldb);
+}
+
+void pack_transposed(const bfloat16* w, int64_t ldw, int64_t K, int64_t N, bfloat16* panel, int64_t ldb) {
+  if (K % 2 == 0 && ldw % 2 == 0) {
+    // Two numbers that follow each other in a row of w are a pair already.
+    transpose_words(reinterpret_cast<const uint32_t*>(w), ldw / 2, N, K / 2, reinterpret_cast<uint32_t*>(panel), ldb);
+    return;
+  }
+  for (int64_t k = 0; k < K + K % 2; ++k) {
+    for (int64_t j = 0; j < N; ++j) panel[(k / 2 * ldb + j) * 2 + k % 2] = k < K ? w[j * ldw + k] : bfloat16{0};
+  }
+}
+
+void transpose(Rows<float> rows, int64_t K, int64_t padded, int64_t M, float* out, int64_t ldo, float* scratch) {
+  pack_rows(rows, K, padded, M, scratch, M);
+  transpose_words(reinterpret_cast<const uint32_t*>(scratch), M, padded, M, reinterpret_cast<uint32_t*>(out), ldo);
+}
+
+void transpose(Rows<bfloat16> rows, int64_t K, int64_t padded, int64_t M, bfloat16* out, int64_t ldo, bfloat16* scratch) {
+  pack_rows(rows, K, padded, M, scratch, M);
+  transpose_words(reinterpret_cast<const uint32_t*>(scratch), M, padded / 2, M, reinterpret_cast<uint32_t*>(out), ldo / 2);
+}
+
+}  // namespace moetrain::cpu

@@ -1,0 +1,70 @@
+"""`moetrain bench SUBJECT`: its words, and the run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import NoReturn
+
+from moetrain.config import ConfigError
+
+SUBJECTS = {
+    "layer": "one sparse layer against the dense FFN of the same FLOPs and every rival that is installed",
+    "kernels": "each operator as a share of what this machine's memory or arithmetic allows",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"bench: {message}; see moetrain bench --help")
+
+
+def _count(word: str) -> int:
+    value = int(word)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+_count.__name__ = "number"  # argparse's message names the type
+
+
+def parser() -> argparse.ArgumentParser:
+    from moetrain.bench.layer import DTYPES, ROUTINGS, SHAPES
+
+    parse = _Parser(prog="moetrain bench", add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument("subject", choices=SUBJECTS, help="; ".join(f"{name}: {what}" for name, what in SUBJECTS.items()))
+    parse.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="SHAPE", help=f"{', '.join(SHAPES)}, or T,D,F,E,k (~k: k in the mean)")
+    parse.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="DTYPE", help=f"of {', '.join(DTYPES)}")
+    routings = "router: each layer's own; balanced, skew: the same routes for all, even or half of the experts with 8 times the others' share"
+    parse.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS), metavar="ROUTING", help=routings)
+    parse.add_argument("--rounds", type=_count, default=9, help="how often each contestant runs (default 9)")
+    parse.add_argument("--threads", type=_count, help="threads of every contestant (default: torch's)")
+    parse.add_argument("--no-rivals", action="store_true", help="only our layer and the dense limit")
+    parse.add_argument("--json", metavar="FILE", help="write tables, machine and versions")
+    parse.add_argument("--plot", metavar="FILE", help="layer only: draw the shares (needs matplotlib)")
+    return parse
+
+
+def main(words: Sequence[str]) -> int:
+    options = parser().parse_args(list(words))
+    import torch
+
+    from moetrain.bench import kernels, layer, measure
+
+    if options.plot and options.subject != "layer":
+        raise ConfigError(f"bench: --plot draws the subject layer, not {options.subject}; use --json")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    shapes = [layer.parse_shape(word) for word in options.shapes]
+    dtypes = [layer.DTYPES[word] for word in options.dtypes]
+    if options.subject == "layer":
+        tables = layer.run(shapes, dtypes, options.routings, options.rounds, not options.no_rivals)
+    else:
+        tables = kernels.run(shapes, dtypes)
+    print("\n\n".join("\n".join(table.lines()) for table in tables))
+    if options.json:
+        measure.save(options.json, tables, words)
+    if options.plot:
+        layer.plot(tables[0], options.plot)
+    return 0

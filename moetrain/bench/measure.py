@@ -1,0 +1,194 @@
+"""How the benchmarks measure: contestants in turn, ratios within a round, memory from the allocator's own record, the machine's limits first.
+
+The machine is shared and its clock moves, so times of different runs don't compare. In each round every contestant runs once, the first one's
+place moving on from round to round, and what is reported is the median over rounds of a ratio within a round. With one thread the clock is
+the processor time of this process, which does not count the time that others had the core; with more it is wall time.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetrain import __version__
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """seconds: of each round. ratio: median over rounds of baseline / own time (above 1 is faster); the baseline's is 1."""
+
+    seconds: list[float]
+    ratio: float
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance of the quartiles over the median."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (high - low) / 2 / self.median
+
+
+def clock() -> float:
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def interleave(steps: dict[str, Step], baseline: str, rounds: int) -> dict[str, Timing]:
+    """Every step once per round, after one warm-up each."""
+    names = list(steps)
+    for name in names:
+        steps[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            gc.collect()
+            shift = turn % len(names)
+            for name in names[shift:] + names[:shift]:
+                start = clock()
+                steps[name]()
+                seconds[name].append(clock() - start)
+    finally:
+        if collecting:
+            gc.enable()
+    return {n: Timing(s, statistics.median(b / own for b, own in zip(seconds[baseline], s))) for n, s in seconds.items()}
+
+
+def best_of(step: Step, seconds: float = 0.2, at_least: int = 5) -> float:
+    """The shortest of repeated runs: for limits of the machine, where whatever disturbs only adds."""
+    step()
+    best, end, count = float("inf"), time.perf_counter() + seconds, 0
+    while count < at_least or time.perf_counter() < end:
+        start = clock()
+        step()
+        best, count = min(best, clock() - start), count + 1
+    return best
+
+
+def memory(forward: Callable[[], Tensor]) -> tuple[int, int]:
+    """(bytes that a forward leaves held for backward, the most it held at once), its output not counted, from the profiler's record of what
+    torch's CPU allocator gave and took. Tensors that were there before, such as the input, don't appear in it."""
+    forward()
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        output = forward()
+    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for change in sorted(changes, key=lambda e: e.start_ns()):
+        held += change.nbytes()
+        peak = max(peak, held)
+    size = output.untyped_storage().nbytes()
+    return held - size, peak - size
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """gemm: GFLOP/s per dtype of torch's matrix product at a size where it is fastest. copy: GB/s read + written of a copy out of cache."""
+
+    gemm: dict[str, float]
+    copy: float
+
+
+def roofline(dtypes: Sequence[torch.dtype], seconds: float = 0.3) -> Roofline:
+    gemm = {}
+    for dtype in dtypes:
+        rates = []
+        for m, k, n in ((256, 512, 512), (512, 1024, 1024), (1024, 1024, 1024)):
+            a, b = torch.ones(m, k, dtype=dtype), torch.ones(k, n, dtype=dtype)
+            out = torch.empty(m, n, dtype=dtype)
+            rates.append(2 * m * k * n / best_of(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), seconds / 3) / 1e9)
+        gemm[name_of(dtype)] = max(rates)
+    source, target = torch.ones(1 << 26), torch.empty(1 << 26)
+    return Roofline(gemm, 2 * source.nbytes / best_of(lambda: target.copy_(source), seconds) / 1e9)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ------------------------------------------------------------------------------------------------------------------- results
+
+
+@dataclass
+class Table:
+    """Rows of one benchmark, and what was left out with the reason."""
+
+    title: str
+    columns: list[str]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        cells = [self.columns] + [[_cell(row.get(c)) for c in self.columns] for row in self.rows]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(self.columns))]
+        numeric = [all(isinstance(row.get(c), int | float | None) for row in self.rows) for c in self.columns]
+        lines = []
+        for line in cells:
+            lines.append("  ".join(c.rjust(w) if number else c.ljust(w) for c, w, number in zip(line, widths, numeric)).rstrip())
+        return [self.title, "", lines[0], "  ".join("-" * w for w in widths), *lines[1:], *(["", *self.notes] if self.notes else [])]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 100 else f"{value:,.0f}"
+    return str(value)
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        found = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = f"{found[0]}, {len(found)} CPUs" if found else name
+    packages = {}
+    for package in ("torch", "transformers", "deepspeed", "megatron-core"):
+        try:
+            packages[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "moetrain": __version__,
+        "python": platform.python_version(),
+        "packages": packages,
+        "cpu": name,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def save(path: str, tables: Sequence[Table], words: Sequence[str], **more: Any) -> None:
+    """Tables and machine as JSON."""
+    data = {"command": " ".join(["moetrain bench", *words]), "machine": machine(), **more}
+    data["tables"] = [{"title": t.title, "rows": t.rows, "notes": t.notes} for t in tables]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def progress(text: str) -> None:
+    """A line that the next one overwrites, for people; nothing where nobody looks."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
