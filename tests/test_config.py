@@ -295,6 +295,8 @@ def trees(draw: st.DrawFn) -> dict[str, Any]:
     tree["data"] = {**data, "seq_len": draw(st.integers(2, 64))}
     if draw(st.booleans()):
         mixture = draw(st.none() | st.one_of(_sigmoid(), _assigned, st.builds(dict.__or__, _topk, _topk_more), _variable))
+        if mixture is not None and mixture["type"] in ("task", "language_family"):  # they name sources
+            tree["data"] |= {"train": [], "eval": []}
         tree["model"] = model(
             **draw(_some(rope_theta=_positive, rope_scaling=st.none() | _rope, norm_eps=_positive, init_std=_positive, qk_norm=st.booleans()))
         )
@@ -480,9 +482,9 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": moe({"type": "task", "tasks": ["en"], "top_k": 9})}, "router.top_k (9) is more than num_experts (8)"),
     ({"model": moe({"type": "task", "tasks": ["en", "en"]})}, "router.tasks: a name is given twice in en, en"),
     ({"model": moe({"type": "task", "branches": {"en": [0, 8]}})}, "router.branches: en must have one or more different experts below num_experts (8), found [0, 8]"),
-    ({"model": moe(_TASKS), "data": {"train": [{"name": n, "path": n} for n in ("en", "de", "fr")]}}, "data.train: 'fr' is no task of model.moe.router; its tasks are en, de"),
-    ({"model": moe(_TASKS), "data": {"eval": [{"name": "en_valid", "path": "p"}]}}, "data.eval: 'en_valid' is no task of model.moe.router; give en_valid a task, one of en, de"),
-    ({"model": moe(), "data": {"eval": [{"name": "en", "path": "p", "task": "en"}]}}, "data.eval: the task of en (en) has an effect only with"),
+    ({"model": moe(_TASKS), "data": {"seq_len": 32, "train": [{"name": n, "path": n} for n in ("en", "de", "fr")]}}, "data.train: 'fr' is no task of model.moe.router; its tasks are en, de"),
+    ({"model": moe(_TASKS), "data": {"seq_len": 32, "eval": [{"name": "en_valid", "path": "p"}]}}, "data.eval: 'en_valid' is no task of model.moe.router; give en_valid a task, one of en, de"),
+    ({"model": moe(), "data": {"seq_len": 32, "eval": [{"name": "en", "path": "p", "task": "en"}]}}, "data.eval: the task of en (en) has an effect only with"),
     ({"model": moe({"type": "remoe", "controller_factor": 1.5})}, "model.moe.router.controller_factor (1.5) has an effect only with target_active"),
     ({"model": moe({"type": "xmoe", "max_experts": 9})}, "router.max_experts (9) is more than num_experts (8)"),
     ({"model": moe({"type": "xmoe", "max_experts": 2, "target_active": 3.0})}, "router.target_active (3.0) is more than the 2 experts that a token can take"),

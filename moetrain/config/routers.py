@@ -191,7 +191,7 @@ class BudgetRouter(RouterOptions):
     normalize: bool = True
     """Divide a token's weights by their sum, so that they add up to `output_scale`; false keeps the probabilities."""
     output_scale: PositiveFloat = 1.0
-    """Every weight is multiplied by it. `moetrain upcycle` sets num_experts / target_active for slices, num_experts with `normalize: false`."""
+    """Every weight is multiplied by it. `moetrain upcycle` sets target_active for slices, num_experts with `normalize: false`."""
     cut_rate: Annotated[float, Field(gt=0, le=1)] = 0.02
     """How fast the cut that evaluation uses follows that of training; 1 / cut_rate steps."""
     balance_coef: NonNegativeFloat = 0.0

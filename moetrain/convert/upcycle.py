@@ -105,8 +105,8 @@ def _router(upcycle: UpcycleConfig, num_experts: int) -> Router:
     if method == "slices":
         router = BudgetRouter(target_active=3 / 8 * num_experts) if router is None else router
         if isinstance(router, BudgetRouter) and "output_scale" not in router.model_fields_set:
-            # As LLaMA-MoE: weights add up to E / k; or, kept as they are, each slice weighs 1 where the softmax is uniform.
-            router = router.model_copy(update={"output_scale": num_experts / (router.target_active if router.normalize else 1)})
+            # A slice weighs 1, as in the dense FFN, in the mean over a token's routes, or, not normalised, where the softmax is uniform.
+            router = router.model_copy(update={"output_scale": router.target_active if router.normalize else float(num_experts)})
         return router
     if router is not None:
         return router

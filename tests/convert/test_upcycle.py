@@ -117,7 +117,7 @@ def test_slices_by_default_with_a_budget_and_with_any_router(tmp_path):
     save_stock("llama", tmp_path / "dense")
     dense = str(tmp_path / "dense")
     report = upcycle(UpcycleConfig(dense=dense, output=str(tmp_path / "own"), receipt=False))
-    assert report.config.moe.router == BudgetRouter(target_active=3.0, output_scale=8 / 3) and list(report.activated) == [3.0]
+    assert report.config.moe.router == BudgetRouter(target_active=3.0, output_scale=3.0) and list(report.activated) == [3.0]
     router = BudgetRouter(target_active=2.0, normalize=False)
     report = upcycle(UpcycleConfig(dense=dense, output=str(tmp_path / "sum"), router=router, receipt=False))
     assert report.config.moe.router.output_scale == 8.0

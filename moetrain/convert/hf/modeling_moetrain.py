@@ -439,10 +439,10 @@ def _sigmoid_ste(gate: Gate, options: dict, x: Tensor, known: dict) -> _Routes:
 def _budget(gate: Gate, options: dict, x: Tensor, known: dict) -> _Routes:
     logits = gate(x)
     weights = logits.softmax(-1)
-    ranking = weights if options["rank_by"] == "probability" else logits
+    ranking = (weights if options["rank_by"] == "probability" else logits).float()
     total, weight = gate.cut.double().unbind()
     if weight > 0:
-        active = ranking > (total / weight).to(x.dtype)
+        active = ranking > (total / weight).float()
     else:  # never trained: the best of each row, as many as the budget says
         flat = ranking.view(known["rows"], -1)
         budget = int(flat.shape[1] * min(1.0, options["target_active"] / logits.shape[-1]) + 0.5)

@@ -41,8 +41,9 @@ class Budget(nn.Module):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         logits = nn.functional.linear(x, self.weight.to(x.dtype))
         probabilities, log_partition = torch.softmax(logits, -1), torch.logsumexp(logits, -1)
-        ranking = probabilities if self.options.rank_by == "probability" else logits
-        decision, cuts = recorded(lambda: self.decide(ranking.detach(), context))
+        # Compared in float32: equal tokens, such as the first of documents, then tie, whatever a GEMM of another batch shape rounds them to.
+        ranking = (probabilities if self.options.rank_by == "probability" else logits).detach().float()
+        decision, cuts = recorded(lambda: self.decide(ranking, context))
         weights = probabilities * decision.active
         if self.options.normalize:
             total = weights.sum(-1, keepdim=True)

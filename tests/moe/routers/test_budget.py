@@ -69,7 +69,7 @@ def test_matches_the_loop(target, length, normalize, rank_by):
     for ours in (True, False):
         h = x.clone().requires_grad_()
         logits = h @ layer.router.weight.T
-        ranking = logits if rank_by == "logit" else logits.softmax(-1)
+        ranking = (logits if rank_by == "logit" else logits.softmax(-1)).float()
         routes, cuts = chosen_by_hand(ranking.tolist(), valid.tolist(), length, target)
         if ours:
             y, report = layer(h, context, h)
@@ -111,7 +111,7 @@ def test_evaluation_uses_the_mean_cut_of_training():
     cut = sum(w * c for w, c in zip(weights, seen)) / sum(weights)
     layer.eval()
     active = layer.router(x, context).decision.active
-    assert torch.equal(active, (x @ layer.router.weight.T).softmax(-1) > cut)
+    assert torch.equal(active, (x @ layer.router.weight.T).softmax(-1).float() > cut)
     # It looks at no other token: one at a time gives the same.
     assert torch.equal(active, torch.cat([layer.router(row[None], TokenContext()).decision.active for row in x]))
 
