@@ -15,6 +15,7 @@ from typing import Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from moetrain import config as schema
+from moetrain import preempt
 from moetrain.config import Config, ConfigError
 
 _plain_warning = warnings.formatwarning
@@ -48,8 +49,15 @@ COMMANDS = {
         "check a config and print it with every default; --schema prints the JSON schema",
         "moetrain config --config configs/quickstart/moe.yaml",
     ),
+    "submit": (
+        "a config and a cluster file -> a job on Slurm, Kubernetes, a list of hosts or this machine",
+        "moetrain submit configs/switch.yaml --cluster launch/clusters/slurm.yaml --dry-run --train.lr 3e-4",
+    ),
+    "status": ("what has become of a submitted job", "moetrain status --run_dir runs/moe"),
+    "cancel": ("end a submitted job; it saves first", "moetrain cancel --run_dir runs/moe"),
+    "logs": ("what a submitted job has printed; --follow goes on", "moetrain logs --run_dir runs/moe --follow"),
     "doctor": (
-        "what is installed, what will be used, what to install for more; --json for programs",
+        "what is installed, what will be used, what to install for more; --json for programs; --ranks looks at all ranks of a launcher",
         "moetrain doctor",
     ),
 }
@@ -115,6 +123,15 @@ def _main(words: list[str]) -> int:
     if "-h" in words or "--help" in words:
         print(_help(command))
         return 0
+    if command in ("submit", "status", "cancel", "logs"):
+        from moetrain import submit
+
+        return submit.main(command, words)
+    if command == "doctor" and "--ranks" in words:
+        from moetrain.cluster import preflight
+
+        words.remove("--ranks")
+        return preflight.main(_read(command, words))
     if command == "doctor":
         from moetrain import doctor
 
@@ -124,6 +141,9 @@ def _main(words: list[str]) -> int:
         _only(words, "--schema")
         print(schema.schema())
         return 0
+    if command == "train":
+        # Before the seconds in which torch is imported, when a signal to save and end would kill.
+        preempt.listen(schema.CheckpointConfig().signals)
     config = _read(command, words)
     _RUN[command](config)
     return 0
@@ -180,7 +200,12 @@ def _help(command: str) -> str:
     what, example = COMMANDS[command]
     lines = [f"moetrain {command}: {what}", "", f"example: {example}", ""]
     if command == "doctor":
-        return "\n".join([*lines, "  --json    print facts as JSON"])
+        ranks = "  --ranks   under a launcher, with --config FILE: compare software, GPUs, network and disk of all ranks (submitted jobs do)"
+        return "\n".join([*lines, "  --json    print facts as JSON", ranks])
+    if command in ("submit", "status", "cancel", "logs"):
+        from moetrain import submit
+
+        return "\n".join([*lines, *submit.OPTIONS[command]])
     lines += [
         "  --config FILE    YAML with any of the options below",
         *(["  --schema         print the JSON schema of the file, for editors"] if command == "config" else []),
@@ -257,6 +282,7 @@ def _upcycle(config: Config) -> None:
 
 
 def _train(config: Config) -> None:
+    preempt.listen(config.checkpoint.signals)
     from moetrain import train
 
     train.run(config)
