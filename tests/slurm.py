@@ -111,6 +111,17 @@ class Slurm:
             except ProcessLookupError:
                 pass
 
+    def workers(self) -> list[int]:
+        """The ranks that torchrun has started on any node."""
+        found = []
+        for pid in {p for node in self.nodes for p in self.processes(node)}:
+            try:
+                names = {w.partition(b"=")[0] for w in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")}
+            except OSError:
+                continue
+            found += [pid] * ({b"RANK", b"LOCAL_RANK"} <= names)
+        return found
+
     def processes(self, node: str) -> list[int]:
         """Processes of jobs on a node of this cluster, with the step daemons above them."""
         mine, parents, steps = [], {}, set()

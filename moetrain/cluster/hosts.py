@@ -6,9 +6,8 @@ What a host runs goes to the standard input of its bash: nothing is quoted twice
 from __future__ import annotations
 
 import re
-import shlex
 
-from moetrain.cluster.job import Job, preflight_words, quoted, surroundings, train_words
+from moetrain.cluster.job import LINT, Job, preflight_words, quote, quoted, surroundings, train_words
 from moetrain.cluster.options import ClusterConfig
 from moetrain.config import ConfigError
 
@@ -20,7 +19,6 @@ stop() {
     [ "$stopping" -eq 0 ] || return 0
     stopping=1
     for i in "${!hosts[@]}"; do
-        # shellcheck disable=SC2016  # for the shell on the host
         printf 'for _ in {1..30}; do read -r pid < %q && kill -TERM "$pid" && break; sleep 1; done\n' "$folder/node-$i.pid" |
             "${ssh[@]}" "${hosts[i]}" bash -s 2>/dev/null &
         pids+=("$!")
@@ -49,7 +47,7 @@ def render(cluster: ClusterConfig, job: Job) -> str:
     which quotes poorly, can't be given."""
     options = cluster.hosts
     assert options is not None, "the caller chose by cluster.kind"
-    lines = ["#!/bin/bash", "# Written by `moetrain submit`; it lives as long as the run does.", "set -uo pipefail"]
+    lines = ["#!/bin/bash", "# Written by `moetrain submit`; it lives as long as the run does.", LINT, "set -uo pipefail"]
     if options.launcher == "deepspeed":
         return "\n".join([*lines, *_deepspeed(cluster, job), ""])
     ssh = ["ssh", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=30"]
@@ -60,13 +58,13 @@ def render(cluster: ClusterConfig, job: Job) -> str:
         "-m", "torch.distributed.run", "--nnodes", str(cluster.num_nodes), "--nproc-per-node", str(cluster.ranks_per_node),
         "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{address}:{options.port}",
     ]  # fmt: skip
-    torchrun = f'{shlex.quote(job.python)} {quoted(torchrun)} --rdzv-conf "is_host=$((node == 0))"'
+    torchrun = f'"$python" {quoted(torchrun)} --rdzv-conf "is_host=$((node == 0))"'
     lines += [
         f"hosts=({quoted(list(options.hosts))})",
-        f"folder={shlex.quote(job.folder)}",
+        f"folder={quote(job.folder)}",
         f"ssh=({quoted([*ssh, '--'])})",
         *(f': "${{{name}:?named in cluster.secrets, but not set}}"' for name in cluster.secrets),
-        f"rm -f -- {shlex.quote(job.status_file if job.status_file.startswith('/') else f'{job.workdir}/{job.status_file}')}",
+        f"rm -f -- {quote(job.status_file if job.status_file.startswith('/') else f'{job.workdir}/{job.status_file}')}",
         "",
         "node() {",
         "    {",
@@ -74,9 +72,10 @@ def render(cluster: ClusterConfig, job: Job) -> str:
         *(f"        printf 'export {name}=%q\\n' \"${name}\"" for name in cluster.secrets),
         f"        cat <<'{_END}'",
         *surroundings(cluster, job.workdir),
-        f"printf '%s\\n' \"$$\" >{shlex.quote(job.folder)}\"/node-$node.pid\"",
+        f"printf '%s\\n' \"$$\" >{quote(job.folder)}\"/node-$node.pid\"",
         "trap '' USR1 USR2",
         "trap 'exit 143' TERM",
+        f"python={quote(job.python)}",
     ]
     if cluster.preflight:
         lines += [f"{torchrun} --rdzv-id preflight --max-restarts 0 {quoted(preflight_words(job.config_file))} </dev/null || exit"]
@@ -107,9 +106,9 @@ def _deepspeed(cluster: ClusterConfig, job: Job) -> list[str]:
     flags += ["--ssh_port", str(options.ssh_port)] if options.ssh_port else []
     runner = [job.python, "-m", "deepspeed.launcher.runner", *flags, "--module", "moetrain", "train", "--config", job.config_file]
     return [
-        f"cd -- {shlex.quote(job.workdir)} || exit",
-        f"rm -f -- {shlex.quote(job.status_file)}",
-        f"cat >{shlex.quote(job.folder)}/hostfile <<'{_END}'",
+        f"cd -- {quote(job.workdir)} || exit",
+        f"rm -f -- {quote(job.status_file)}",
+        f"cat >{quote(job.folder)}/hostfile <<'{_END}'",
         hostfile(cluster).rstrip("\n"),
         _END,
         f"exec {quoted(runner)}",

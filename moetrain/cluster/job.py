@@ -13,6 +13,8 @@ from moetrain.config import ConfigError
 PREEMPTED = '"state": "preempted"'
 ENDED = '"state": "(finished|preempted|failed)"'
 
+LINT = "# shellcheck disable=SC2016,SC1003,SC2088  # what a user wrote stands between single quotes for itself, dollar, tilde and all"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -50,9 +52,14 @@ def job_name(run_dir: str) -> str:
     return last if last[:1].isalpha() else f"run-{last}"[:40].strip("-")
 
 
+def quote(word: str) -> str:
+    """One word of shell. As shlex.quote, and with a word that has `=` quoted, which in an array would name an element."""
+    return shlex.quote(word) if "=" not in word else "'" + word.replace("'", "'\"'\"'") + "'"
+
+
 def quoted(words: list[str]) -> str:
     """Words as one line of shell."""
-    return " ".join(shlex.quote(word) for word in words)
+    return " ".join(quote(word) for word in words)
 
 
 def train_words(config_file: str) -> list[str]:
@@ -68,16 +75,16 @@ def preflight_words(config_file: str) -> list[str]:
 def surroundings(cluster: ClusterConfig, workdir: str) -> list[str]:
     """Lines of shell that each node runs first: folder, environment, secrets that must be there, the user's own file."""
     lines = [
-        f"cd -- {shlex.quote(workdir)} || exit",
+        f"cd -- {quote(workdir)} || exit",
         'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"',
         "# Time that torchrun gives the ranks to save after SIGTERM.",
         f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={cluster.grace_seconds}",
-        *(f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()),
+        *(f"export {name}={quote(value)}" for name, value in cluster.environment.items()),
     ]
     if cluster.setup_script is not None:
         path = cluster.setup_script
         # `.` looks a bare name up in PATH.
         path = path if "/" in path else f"./{path}"
-        lines += ["# shellcheck source=/dev/null", f". {shlex.quote(path)} || exit"]
+        lines += ["# shellcheck source=/dev/null", f". {quote(path)} || exit"]
     lines += [f': "${{{name}:?named in cluster.secrets, but not set}}"' for name in cluster.secrets]
     return lines

@@ -8,9 +8,7 @@ included: the ranks save as well, and whether the job comes back is Slurm's busi
 
 from __future__ import annotations
 
-import shlex
-
-from moetrain.cluster.job import ENDED, PREEMPTED, Job, preflight_words, quoted, surroundings, train_words
+from moetrain.cluster.job import ENDED, LINT, PREEMPTED, Job, preflight_words, quote, quoted, surroundings, train_words
 from moetrain.cluster.options import ClusterConfig
 from moetrain.config import ConfigError
 
@@ -59,7 +57,7 @@ def render(cluster: ClusterConfig, job: Job) -> str:
     lines += [f"#SBATCH --{name}={_directive(value)}" for name, value in directives.items() if value is not None]
     lines += ["#SBATCH --exclusive"] if options.exclusive else []
     lines += ["#SBATCH --requeue" if options.requeue else "#SBATCH --no-requeue"]
-    lines += ["# Written by `moetrain submit`: one task per node, torchrun in it.", ""]
+    lines += ["# Written by `moetrain submit`: one task per node, torchrun in it.", LINT, ""]
     lines += [f"module load {quoted(list(options.modules))}"] if options.modules else []
     # set comes after them: modules and the user's file may not stand it.
     lines += [*surroundings(cluster, job.workdir), "set -uo pipefail", "", _ADDRESS]
@@ -67,19 +65,18 @@ def render(cluster: ClusterConfig, job: Job) -> str:
     srun += [f"--cpus-per-task={options.cpus_per_node}"] if options.cpus_per_node else []  # not handed down by sbatch since Slurm 22.05
     lines += [
         "# $0 is the interpreter, $1 and $2 endpoint and id of the rendezvous; the rest are torchrun's words.",
-        "# shellcheck disable=SC2016  # for the shell on each node",
         "node='endpoint=$1 id=$2; shift 2",
         f'trap "" {options.signal}',
         'exec "$0" -m torch.distributed.run --rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "$id" \\',
         f'    --rdzv-conf "is_host=$((SLURM_NODEID == 0))" --nnodes {cluster.num_nodes} --nproc-per-node {cluster.ranks_per_node} "$@"\'',
-        f"python={shlex.quote(job.python)}",
+        f"python={quote(job.python)}",
         "",
     ]
     if cluster.preflight:
         words = quoted(["--max-restarts", "0", *preflight_words(job.config_file)])
         lines += [f'{quoted(srun)} bash -c "$node" "$python" "$endpoint" "preflight-$attempt" \\', f"    {words} || exit", ""]
     words = quoted(["--max-restarts", str(cluster.max_restarts), *train_words(job.config_file)])
-    status = shlex.quote(job.status_file)
+    status = quote(job.status_file)
     lines += [
         f"rm -f -- {status}",
         f'{quoted(srun)} bash -c "$node" "$python" "$endpoint" "$attempt" \\',
@@ -93,7 +90,7 @@ def render(cluster: ClusterConfig, job: Job) -> str:
             f"    if [ \"$code\" -ne 0 ] || grep -qsE -- '{ENDED}' {status}; then break; fi",
             "    sleep 1",
             "done",
-            f"if grep -qs -- {shlex.quote(PREEMPTED)} {status}; then",
+            f"if grep -qs -- {quote(PREEMPTED)} {status}; then",
             f"    if grep -qs -- '\"steps_done\": 0,' {status}; then",
             '        echo "moetrain: asked to stop before the first step was done; not requeued: raise cluster.slurm.time" >&2',
             "        exit 1",
