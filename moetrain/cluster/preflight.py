@@ -27,7 +27,7 @@ from moetrain import __version__
 from moetrain.config import Config, ModelConfig, TrainConfig
 from moetrain.parallel.mesh import start_processes
 
-_ROUND_BYTES = 1 << 23  # that a rank sends to the other node's ranks together, each time
+_ROUND_BYTES = 1 << 23  # that a rank sends to the other node's ranks together, each time (less, if that node has fewer ranks)
 _REPEATS = 3
 _SLOW = 3.0  # a pair that takes so many times the median of all pairs is named
 _SEEN_SECONDS = 60.0  # network file systems may hide a new file for as long as they keep a folder's listing
@@ -275,10 +275,11 @@ def exchange_times(nodes: Sequence[int], rank: int, device: torch.device) -> dic
     nodes: the node of each rank.
     """
     times = {}
+    # The same on all ranks, should nodes have different numbers of them.
+    size = _ROUND_BYTES // 4 // max(Counter(nodes).values())
     for pairs in rounds(nodes):
         partner = next((sum(pair) - nodes[rank] for pair in pairs if nodes[rank] in pair), None)
         others = [] if partner is None else [r for r, node in enumerate(nodes) if node == partner]
-        size = _ROUND_BYTES // 4 // max(1, len(others))
         sent = torch.zeros(size, device=device)
         received = [torch.empty(size, device=device) for _ in others]
         best = float("inf")

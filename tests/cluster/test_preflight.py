@@ -105,7 +105,7 @@ def test_checkpoint_size_is_what_is_written(tmp_path: Path) -> None:
     write_data(tmp_path / "a")
     write_data(tmp_path / "b")
     for dtype in ("float32", "float64"):
-        config = make_config(tmp_path, run_dir=str(tmp_path / dtype), train__dtype=dtype, train__steps=1)
+        config = make_config(tmp_path, run_dir=str(tmp_path / dtype), train__dtype=dtype, train__schedule__warmup_steps=0, train__steps=1)
         trainer = Trainer(config, console=False)
         trainer.train()
         trainer.close()
