@@ -117,15 +117,14 @@ def _submit(words: list[str]) -> int:
 def _read_config(path: str, overrides: list[tuple[str, str]], cluster: ClusterConfig) -> Config:
     from moetrain.build import model_from, need
 
-    folders = [value for key, value in overrides if key == "init_from"]
     try:
         config = load_config(path, overrides, model_from=model_from)
-    except (ConfigError, OSError):
+    except (ValueError, OSError):
         if cluster.kubernetes is None:
             raise
         # The folder of init_from may lie on a volume that only pods see; then the config must say the whole model itself.
         config = load_config(path, overrides)
-        if config.init_from is None or Path(folders[-1] if folders else config.init_from).exists():
+        if config.init_from is None or Path(config.init_from).exists():
             raise
     need(config, "model", "train")
     problems = check_config(cluster, config)
@@ -222,7 +221,7 @@ def _progress(folder: Path) -> str:
     except (OSError, ValueError, LookupError, TypeError):
         text = ""
     saved = find_steps(folder / "checkpoints") if (folder / "checkpoints").is_dir() else []
-    return ", ".join([text] * bool(text) + [f"last checkpoint {saved[-1]}"] * bool(saved))
+    return ", ".join(part for part in (text, f"last checkpoint {saved[-1]}" if saved else "") if part)
 
 
 class _Refused(Exception):
@@ -257,6 +256,8 @@ def _ask_kubernetes(record: dict[str, Any]) -> tuple[bool | None, str]:
     except _Refused as error:
         gone = "not found" in error.said.lower()
         return (False, "no longer in the cluster") if gone else (None, f"not known: {error.said}")
+    except ValueError:
+        return None, "not known: kubectl did not answer with JSON"
     true = {c["type"]: c.get("message", "") for c in found.get("conditions") or [] if c.get("status") == "True"}
     for name in ("Completed", "Complete"):
         if name in true:

@@ -198,6 +198,8 @@ def test_kubernetes(place: Place, capfd: pytest.CaptureFixture[str], monkeypatch
     assert "lies on none of cluster.kubernetes.claims" in fails([*SUBMIT, "--run_dir", "/elsewhere"], capfd)
     # The start weights lie on the cluster's volume: then the config says the whole model, and can be checked.
     place.program("kubectl", "")
+    assert "not known: kubectl did not answer with JSON" in fails(SUBMIT, capfd)
+    place.program("kubectl", "case \"$*\" in *get*) echo 'NotFound: not found' >&2; exit 1 ;; esac")
     assert main([*SUBMIT, "--init_from", "/data/dense"]) == 0
     assert load_config(place.folder / "run.job/config.yaml").init_from == "/data/dense"
     place.cluster(nodes=2, slurm={})
