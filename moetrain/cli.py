@@ -17,6 +17,7 @@ from typing import Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from moetrain import config as schema
+from moetrain import preempt
 from moetrain.config import Config, ConfigError
 
 _plain_warning = warnings.formatwarning
@@ -54,8 +55,15 @@ COMMANDS = {
         "speed and memory of the sparse layer on this machine, against the dense limit and installed rivals",
         "moetrain bench layer --shapes coarse fine --dtypes bfloat16 --json layer.json",
     ),
+    "submit": (
+        "a config and a cluster file -> a job on Slurm, Kubernetes, a list of hosts or this machine",
+        "moetrain submit configs/switch.yaml --cluster launch/clusters/slurm.yaml --dry-run --train.lr 3e-4",
+    ),
+    "status": ("what has become of a submitted job", "moetrain status --run_dir runs/moe"),
+    "cancel": ("end a submitted job; it saves first", "moetrain cancel --run_dir runs/moe"),
+    "logs": ("what a submitted job has printed; --follow goes on", "moetrain logs --run_dir runs/moe --follow"),
     "doctor": (
-        "what is installed, what will be used, what to install for more; --json for programs",
+        "what is installed, what will be used, what to install for more; --json for programs; --ranks looks at all ranks of a launcher",
         "moetrain doctor",
     ),
 }
@@ -125,6 +133,15 @@ def _main(words: list[str]) -> int:
         from moetrain.bench.main import main as bench
 
         return bench(words)
+    if command in ("submit", "status", "cancel", "logs"):
+        from moetrain import submit
+
+        return submit.main(command, words)
+    if command == "doctor" and "--ranks" in words:
+        from moetrain.cluster import preflight
+
+        words.remove("--ranks")
+        return preflight.main(_read(command, words))
     if command == "doctor":
         from moetrain import doctor
 
@@ -134,6 +151,9 @@ def _main(words: list[str]) -> int:
         _only(_import_files(words), "--schema")
         print(schema.schema())
         return 0
+    if command == "train":
+        # Before the seconds in which torch is imported, when a signal to save and end would kill.
+        preempt.listen(schema.CheckpointConfig().signals)
     config = _read(command, _import_files(words))
     _RUN[command](config)
     return 0
@@ -217,7 +237,12 @@ def _help(command: str) -> str:
 
         return "\n".join([*lines, parser().format_help()])
     if command == "doctor":
-        return "\n".join([*lines, "  --json    print facts as JSON"])
+        ranks = "  --ranks   under a launcher, with --config FILE: compare software, GPUs, network and disk of all ranks (submitted jobs do)"
+        return "\n".join([*lines, "  --json    print facts as JSON", ranks])
+    if command in ("submit", "status", "cancel", "logs"):
+        from moetrain import submit
+
+        return "\n".join([*lines, *submit.OPTIONS[command]])
     lines += [
         "  --config FILE    YAML with any of the options below",
         "  --import FILE    Python file to run first, which defines a router of your own (docs/routers.md); may be given several times",
@@ -298,6 +323,7 @@ def _upcycle(config: Config) -> None:
 
 
 def _train(config: Config) -> None:
+    preempt.listen(config.checkpoint.signals)
     from moetrain import train
 
     train.run(config)

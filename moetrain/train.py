@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain import config as schema
+from moetrain import preempt
 from moetrain.attention import describe_backends
 from moetrain.build import DTYPES, build_model, empty_model, need
 from moetrain.checkpoint import Checkpoints
@@ -119,6 +120,8 @@ class Trainer:
         self.controller = build_controller(self.model_config)
         self.step = self.consumed_samples = self.tokens = self.updates = self.bad_in_a_row = self.skipped = 0
         self.mean_active: float | None = None
+        self.saved = -1  # step of the last checkpoint that this process began
+        self.stopped: str | None = None  # signal that ended the run before its last step
         self.fingerprint = self.dataset.fingerprint()
         damaged: dict[int, str] = {}
         if resume_step is not None:
@@ -205,6 +208,7 @@ class Trainer:
             "config": schema.to_dict(self.config),
         }
         self.checkpoints.save(self.step, self._state(), meta, wait=wait)
+        self.saved = self.step
         self.metrics.event("checkpoint", step=self.step)
 
     def _check_same_model(self, step: int) -> None:
@@ -308,12 +312,18 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------------- run
 
     def train(self) -> dict[str, Any]:
-        """To the last step; returns the last record (an empty dict if there was nothing left to do)."""
+        """To the last step, or to the one at which all ranks agree that a signal asks to save and end (`stopped`).
+
+        Returns the last record (an empty dict if there was nothing left to do)."""
         config, train = self.config, self.train_config
         assert train is not None
         record: dict[str, Any] = {}
         with self._batches(self.dataset, train.global_batch_size, start_sample=self.consumed_samples, prefetch=config.data.prefetch) as batches:
             while self.step < train.steps:
+                self.stopped = preempt.agreed(self.group, self.device)
+                if self.stopped is not None:
+                    self.metrics.event("preempted", step=self.step, signal=self.stopped)
+                    break
                 began = time.perf_counter()
                 batch = next(batches)
                 loaded = time.perf_counter()
@@ -333,7 +343,7 @@ class Trainer:
                     )
                 if config.checkpoint.every and self.step % config.checkpoint.every == 0 and self.step < train.steps:
                     self.save()
-        if record:
+        if record and self.saved != self.step:
             self.save(wait=True)
         return record
 
@@ -367,12 +377,15 @@ def _differences(old: Any, new: Any, name: str) -> list[str]:
 def run(config: Config) -> None:
     """`moetrain train`: the run of this rank, from launch to the last checkpoint."""
     trainer = Trainer(config)
-    try:
-        if trainer.step >= trainer.train_config.steps:
-            if trainer.rank == 0:
-                print(f"nothing to do: {config.run_dir} has already done {trainer.step} of {trainer.train_config.steps} steps")
-        trainer.train()
-    finally:
-        trainer.close()
+    with preempt.reporting(config.run_dir, trainer):
+        try:
+            if trainer.step >= trainer.train_config.steps:
+                if trainer.rank == 0:
+                    print(f"nothing to do: {config.run_dir} has already done {trainer.step} of {trainer.train_config.steps} steps")
+            trainer.train()
+            if trainer.stopped is not None and trainer.rank == 0:
+                print(f"{trainer.stopped}: saved at step {trainer.step} of {trainer.train_config.steps}; the same command goes on from here")
+        finally:
+            trainer.close()
     if dist.is_initialized():
         dist.destroy_process_group()

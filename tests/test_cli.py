@@ -228,14 +228,16 @@ def test_help(command: str, capfd: pytest.CaptureFixture[str]) -> None:
         "eval": "data.eval",
         "generate": "generate.top_p",
     }
-    option |= {"export": "export.output", "config": "schema", "doctor": "json", "bench": "rounds"}
+    option |= {"export": "export.output", "config": "schema", "doctor": "ranks", "submit": "cluster FILE", "logs": "follow"}
+    option |= {"status": "run_dir", "cancel": "run_dir", "bench": "rounds"}
     assert f"  --{option[command]}" in said
     if command == "train":
         assert "--train.dtype (default float32; one of float32, bfloat16, float64)" in said and "--train.steps (required)" in said
 
 
-def test_every_example_is_right(capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_example_is_right(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The words behind `moetrain COMMAND` in each example are overrides of known options, or a file that is there."""
+    monkeypatch.chdir(ROOT)
     for command, (_, example) in COMMANDS.items():
         words = shlex.split(example)
         words = words[words.index("moetrain") + 1 :]
@@ -243,6 +245,10 @@ def test_every_example_is_right(capfd: pytest.CaptureFixture[str]) -> None:
         if command == "bench":
             assert bench_parser().parse_args(words).subject == "layer"
             continue
+        if command == "submit":
+            assert main([command, *words]) == 0, (example, capfd.readouterr().err)
+            continue
+        words = [w for w in words if w != "--follow"]
         while words:
             name, value = words.pop(0), words.pop(0)
             if name == "--config":

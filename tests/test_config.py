@@ -677,6 +677,7 @@ READ: dict[str, tuple[str, str]] = {
     "CheckpointConfig.keep_last": ("checkpoint.py", "config.keep_last"),
     "CheckpointConfig.keep_every": ("checkpoint.py", "config.keep_every"),
     "CheckpointConfig.asynchronous": ("checkpoint.py", "config.asynchronous"),
+    "CheckpointConfig.signals": ("cli.py", "config.checkpoint.signals"),
     **{f"LogConfig.{n}": ("metrics.py", f"config.{n}") for n in ("every", "tensorboard", "wandb", "wandb_project", "wandb_name", "wandb_mode")},
     "UpcycleConfig.dense": ("convert/upcycle.py", "config.dense"),
     "UpcycleConfig.output": ("convert/upcycle.py", "config.output"),

@@ -4,7 +4,7 @@ Plain data only: no device, no process group, nothing of torch. base: what secti
 what must hold between them. reading: files and command lines to configs and back.
 """
 
-from moetrain.config.base import ConfigError, Section
+from moetrain.config.base import ConfigError, NonNegative, Positive, Section
 from moetrain.config.model import (
     FinedeepConfig,
     LayerChoice,
@@ -27,6 +27,7 @@ from moetrain.config.reading import (
     schema,
     to_dict,
     to_yaml,
+    validate,
 )
 from moetrain.config.routers import (
     ROUTERS,

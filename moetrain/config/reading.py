@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -20,6 +20,8 @@ from moetrain.config.base import ConfigError, Section, short
 from moetrain.config.routers import ROUTERS, RouterOptions
 from moetrain.config.rules import check
 from moetrain.config.sections import Config
+
+_File = TypeVar("_File", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
@@ -184,22 +186,27 @@ def _forget_idle(model: dict[str, Any], given: dict[str, Any]) -> None:
 
 def config_from_dict(tree: dict[str, Any], where: str = "given") -> Config:
     """Validate a nested dict. Raises ConfigError with every reason."""
+    return validate(Config, tree, f"config {where}", check)
+
+
+def validate(cls: type[_File], tree: dict[str, Any], where: str, rules: Callable[[_File], list[str]]) -> _File:
+    """A file's content as `cls`, whose cross-field `rules` name what they find broken. Raises ConfigError with every reason."""
     try:
-        config = Config.model_validate(tree)
+        found = cls.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_lines(where, [_explain(item) for item in error.errors()])) from None
-    problems = check(config)
+        raise ConfigError(_lines(where, [_explain(item, cls) for item in error.errors()])) from None
+    problems = rules(found)
     if problems:
         raise ConfigError(_lines(where, problems))
-    return config
+    return found
 
 
 def _lines(where: str, problems: list[str]) -> str:
-    head = f"config {where}: "
+    head = f"{where}: "
     return head + problems[0] if len(problems) == 1 else head + f"{len(problems)} errors\n" + "\n".join(f"  {p}" for p in problems)
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any, cls: type[BaseModel]) -> str:
     # pydantic puts the tag of a union ("topk", "list") behind the option that has one; it is no key of the user's.
     location = [str(p) for i, p in enumerate(item["loc"]) if i == 0 or item["loc"][i - 1] not in ("router", "layers", "expert_dim")]
     name = ".".join(location) or "config"
@@ -207,14 +214,15 @@ def _explain(item: Any) -> str:
     if kind == "model_type":
         return f"{name}: must be a section with keys of its own, found {short(value)}"
     if kind == "extra_forbidden":
-        known = sorted(keys(Config))
+        known = sorted(keys(cls))
         close = difflib.get_close_matches(
             location[-1], [k.rsplit(".", 1)[-1] for k in known if k.rpartition(".")[0] == _generic(location[:-1])], 1, 0.5
         )
         if close:
             return f"{name}: unknown key; did you mean {'.'.join([*location[:-1], close[0]])}?"
         elsewhere = [k for k in known if k.rsplit(".", 1)[-1] == location[-1]] or difflib.get_close_matches(_generic(location), known, 1, 0.6)
-        return f"{name}: unknown key" + (f"; did you mean {elsewhere[0]}?" if elsewhere else "; `moetrain config --schema` lists all keys")
+        hint = "; `moetrain config --schema` lists all keys" if cls is Config else ""
+        return f"{name}: unknown key" + (f"; did you mean {elsewhere[0]}?" if elsewhere else hint)
     if kind == "missing":
         return f"{name}: missing; it has no default"
     if kind in ("union_tag_invalid", "union_tag_not_found"):

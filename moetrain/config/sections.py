@@ -136,6 +136,8 @@ class CheckpointConfig(Section):
     """Checkpoints of steps divisible by it are kept for good."""
     asynchronous: bool = True
     """Write while training goes on."""
+    signals: list[Literal["TERM", "USR1", "USR2", "HUP"]] = ["TERM", "USR2"]
+    """After one of these all ranks save at the same step and the run ends; the same command goes on from there."""
 
 
 class LogConfig(Section):
@@ -243,7 +245,8 @@ class UpcycleConfig(Section):
         if self.weight_scaling is not None:
             return self.weight_scaling
         if self.method == "slices":
-            return self.router is not None and "output_scale" not in type(self.router).model_fields
+            scaled = self.router is None or "output_scale" in type(self.router).model_fields
+            return not scaled and getattr(self.router, "input", "normed") == "normed"
         return self.method != "dsmoe"
 
     @property

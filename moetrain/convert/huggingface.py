@@ -755,9 +755,9 @@ def write_model(
     """Write a Hugging Face folder that AutoModelForCausalLM loads; returns its files.
 
     tensors: (our name, tensor) of every parameter, once, in any order; memory is one shard. dtype: None keeps each tensor's. A top-k
-    router's output_scale is multiplied into the experts' down projections, but for DeepSeek-V3, which has it; what only training
-    has, the weights of a router's noise and the records of dynmoe, is left out and is 0 when the folder is read. tokenizer:
-    written beside, its special tokens named in config.json. source: a Hugging Face folder whose tokenizer files and special tokens are taken over instead.
+    router's output_scale is multiplied into the experts' down projections, but for DeepSeek-V3, which has it; what only training has, the
+    weights of a router's noise and the records of dynmoe, is left out and is 0 when the folder is read. tokenizer: written beside, its special
+    tokens named in config.json. source: a Hugging Face folder whose tokenizer files and special tokens are taken over instead.
     The folder appears under its name only when it is whole. ValueError if it exists and is not empty, or for a router that only
     `--import` made known.
     """
