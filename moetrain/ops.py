@@ -14,6 +14,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 try:
     from moetrain import _C  # noqa: F401  (loading it registers the operators)
@@ -161,6 +162,19 @@ def experts_backward(
 def experts_probe(grad: Tensor, rows: Tensor, gate_up: Tensor, down: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
     """(Q,) float32: <grad of the probe's row, the expert's output for it>, from (N, D) grad and rows. Not differentiable."""
     return _ops.experts_probe(grad, rows, gate_up, down, tokens, counts)
+
+
+# What torch's FLOP counter shall see of the products inside: gate and up, and down.
+
+
+@register_flop_formula(torch.ops.moetrain.experts)
+def _experts_flops(rows, gate_up, down, weights, tokens, counts, *args, **options) -> int:
+    return 3 * tokens[0] * gate_up[1] * gate_up[2]
+
+
+@register_flop_formula(torch.ops.moetrain.experts_backward)
+def _experts_backward_flops(grad, rows, gate_up, down, *args, **options) -> int:
+    return 6 * args[2][0] * gate_up[1] * gate_up[2]
 
 
 # Fakes: the shapes and dtypes alone, for torch.compile and FakeTensor.

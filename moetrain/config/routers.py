@@ -120,7 +120,7 @@ class BudgetOptions(RouterOptions):
         if self.target_active is not None:
             if self.target_active > num_experts:
                 bad.append(f".target_active ({self.target_active}) is more than num_experts ({num_experts})")
-            if self.sparsity_coef == 0:
+            if self.sparsity_coef == 0 and getattr(self, "hold", "coefficient") == "coefficient":
                 bad.append(".sparsity_coef: 0 can't be adapted to hold target_active; use a small positive start such as 1e-3")
         return bad
 
@@ -148,6 +148,9 @@ class SigmoidSteRouter(BudgetOptions):
     """The count of Eq. 8 in backward: a constant (Eqs. 13-16), or straight-through like the gates."""
     sparsity_coef: NonNegativeFloat = 1.0
     """Eq. 19 has 1; the start value when `target_active` is set."""
+    hold: Literal["coefficient", "threshold"] = "coefficient"
+    """`target_active` only. What is moved to hold it: the coefficient of the sparsity loss, which closes gates but can't open them, or the
+    threshold of each layer, by which each layer holds the target, in training and, as it stands, at inference."""
     sparsity_on: Literal["active", "all"] = "active"
     """Eq. 18 as printed pushes the gates above the threshold (active); `all` pushes every gate."""
     bias: bool = False
@@ -160,14 +163,28 @@ class SigmoidSteRouter(BudgetOptions):
 
     TRAINING: ClassVar[frozenset[str]] = BudgetOptions.TRAINING | {"ste", "probe_rate", "sparsity_on", "rescale_gradient"}
 
+    @property
+    def moves_threshold(self) -> bool:
+        return self.target_active is not None and self.hold == "threshold"
+
+    def start_values(self, num_experts: int) -> dict[str, float | list[float]]:
+        return {"threshold": [math.log(self.threshold / (1 - self.threshold)), 0.0]} if self.moves_threshold else {}
+
     def idle(self) -> set[str]:
         idle = super().idle()
+        idle |= {"hold"} if self.target_active is None else set()
+        idle |= {"controller_factor", "target_over"} if self.hold == "threshold" else set()
         idle |= set() if self.ste == "sampled" else {"probe_rate"}
         idle |= set() if self.bias else {"bias_init"}
         return idle | (set() if self.rescale == "count" else {"rescale_gradient", "rescale_in_eval"})
 
     def problems(self, num_experts: int) -> list[str]:
         bad, given = super().problems(num_experts), self.model_fields_set
+        if "hold" in given and self.target_active is None:
+            bad.append(f".hold ({self.hold}) has an effect only with target_active")
+        for name in sorted({"controller_factor", "target_over"} & given):
+            if self.moves_threshold:
+                bad.append(f".{name} ({getattr(self, name)}) has an effect only with hold: coefficient")
         if "probe_rate" in given and self.ste != "sampled":
             bad.append(f".probe_rate ({self.probe_rate}) has an effect only with ste: sampled, not {self.ste}")
         if "bias_init" in given and not self.bias:
@@ -177,7 +194,7 @@ class SigmoidSteRouter(BudgetOptions):
         return bad
 
     def num_params(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
-        return num_experts * hidden_size, num_experts if self.bias else 0
+        return num_experts * hidden_size, (num_experts if self.bias else 0) + 2 * self.moves_threshold
 
 
 class BudgetRouter(RouterOptions):

@@ -76,7 +76,7 @@ class BudgetController:
 
 def build_controller(config: ModelConfig) -> BudgetController | None:
     router = None if config.moe is None else config.moe.router
-    if not isinstance(router, BudgetOptions) or router.target_active is None:
+    if not isinstance(router, BudgetOptions) or router.target_active is None or getattr(router, "hold", "coefficient") != "coefficient":
         return None
     number = 1 if router.target_over == "model" else config.num_moe_layers
     return BudgetController("sparsity", router.target_active, router.controller_factor, [router.sparsity_coef] * number)

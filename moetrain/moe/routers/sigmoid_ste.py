@@ -6,12 +6,15 @@ docs/dsmoe.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from moetrain.config import ModelConfig, SigmoidSteRouter
-from moetrain.moe.routers.base import router_for
+from moetrain.moe.routers.base import router_for, whole
 from moetrain.moe.routing import Decision, Routing, TokenContext, recorded, token_count, uniform
+from moetrain.moe.target import OFFSETS, step_with_trend
 
 
 @router_for(SigmoidSteRouter)
@@ -30,6 +33,8 @@ class SigmoidSte(nn.Module):
         self.num_experts = config.moe.num_experts
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
         self.bias = nn.Parameter(torch.empty(self.num_experts)) if self.options.bias else None
+        # The threshold's log-odds and their trend, where it is moved to hold `target_active`.
+        self.threshold = nn.Parameter(torch.empty(2), requires_grad=False) if self.options.moves_threshold else None
 
     def forward(self, x: Tensor, context: TokenContext) -> Routing:
         """x: (T, D). Losses: `sparsity`, Eq. 19: the mean over tokens, experts and layers of the open gates."""
@@ -39,8 +44,28 @@ class SigmoidSte(nn.Module):
         decision: Decision = recorded(lambda: self.decide(gates.detach(), context))
         return self.weigh(gates, decision, context)
 
+    def cut(self, gates: Tensor) -> Tensor | float:
+        """tau: a gate routes when it is strictly above."""
+        return self.options.threshold if self.threshold is None else torch.sigmoid(self.threshold.detach()[0].to(gates.dtype))
+
+    def trials(self, gates: Tensor, context: TokenContext) -> dict[str, Tensor]:
+        """For `after_step`: routes that there would be with the threshold moved by each of OFFSETS, and tokens."""
+        if self.threshold is None or not self.training:
+            return {}
+        real = torch.ones_like(gates[:, 0], dtype=torch.bool) if context.valid is None else context.valid
+        cuts = torch.sigmoid(self.threshold.detach()[0].to(gates.dtype) + gates.new_tensor(OFFSETS))
+        routes = ((gates.detach()[..., None] > cuts) & real[:, None, None]).sum((0, 1), dtype=torch.float64)
+        return {"routes": routes, "tokens": real.sum(dtype=torch.float64)}
+
+    def after_step(self, load: Tensor, sums: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """sums: as `trials` made them, over the step and all ranks."""
+        if self.threshold is not None and sums["tokens"] > 0:
+            assert self.options.target_active is not None, "a threshold is moved for a target"
+            means, trend = (sums["routes"] / sums["tokens"]).tolist(), whole(self.threshold)[1].item()
+            yield "threshold", step_with_trend(means, self.options.target_active, trend)
+
     def decide(self, gates: Tensor, context: TokenContext) -> Decision:
-        active = gates > self.options.threshold
+        active = gates > self.cut(gates)
         if self.options.zero_routes == "top1":
             largest = gates.argmax(-1, keepdim=True)
             active = active.scatter(-1, largest, active.gather(-1, largest) | ~active.any(-1, keepdim=True))
@@ -67,8 +92,8 @@ class SigmoidSte(nn.Module):
             if options.rescale_gradient == "straight_through":
                 count = count + straight.sum(-1, keepdim=True)
             weights = weights * (self.num_experts / count)
-        pushed = gates if options.sparsity_on == "all" else gates * (gates.detach() > options.threshold)
+        pushed = gates if options.sparsity_on == "all" else gates * (gates.detach() > self.cut(gates))
         if context.valid is not None:
             pushed = pushed * context.valid[:, None]
         sparsity = pushed.sum() / (token_count(context, gates) * self.num_experts * self.num_layers)
-        return Routing(decision, weights, {"sparsity": sparsity})
+        return Routing(decision, weights, {"sparsity": sparsity}, self.trials(gates, context))

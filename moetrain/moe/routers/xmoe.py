@@ -13,12 +13,7 @@ from moetrain.moe.balance import product_of_shares
 from moetrain.moe.capacity import within_capacity
 from moetrain.moe.routers.base import router_for
 from moetrain.moe.routing import Decision, Routing, TokenContext, group_sum, recorded, shares, token_count
-
-_STEPS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-OFFSETS = (*(-step for step in reversed(_STEPS)), 0.0, *_STEPS)
-"""Log-odds around those of the threshold at which routes are counted: close by for a fine step, far off for a start elsewhere."""
-RATE = 0.3
-"""Share of the way to the threshold that would have met the target which the controller goes in a step."""
+from moetrain.moe.target import OFFSETS, step_to
 
 
 @router_for(XMoERouter)
@@ -88,22 +83,9 @@ class XMoE(nn.Module):
         if self.threshold is not None and sums["tokens"] > 0:
             assert self.options.target_active is not None, "a threshold is moved for a target"
             means = (sums["routes"] / sums["tokens"]).tolist()
-            yield "threshold", torch.tensor([RATE * offset_to(means, self.options.target_active)], dtype=torch.float64)
+            yield "threshold", step_to(means, self.options.target_active)
 
 
 def opened(before: Tensor, threshold: Tensor) -> Tensor:
     """Whether an expert routes. At t = 1 all do, though the sum before the last may have been rounded to 1; at t = 0 the first does."""
     return (before < threshold) | (before == 0) | (threshold >= 1)
-
-
-def offset_to(means: list[float], target: float) -> float:
-    """The offset at which the mean number of routes is `target`, by straight lines between those of OFFSETS; the smallest in size where several
-    are, the last one where none is. means: rising."""
-    here = OFFSETS.index(0.0)
-    step = 1 if means[here] < target else -1
-    i = here
-    while means[i] != target and 0 <= i + step < len(OFFSETS):
-        i, past = i + step, i
-        if (means[i] - target) * step >= 0:
-            return OFFSETS[past] + (OFFSETS[i] - OFFSETS[past]) * (target - means[past]) / (means[i] - means[past])
-    return OFFSETS[i]

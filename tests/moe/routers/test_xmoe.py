@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from moetrain.config import XMoERouter
-from moetrain.moe.routers.xmoe import OFFSETS, offset_to
 from moetrain.moe.routing import TokenContext
+from moetrain.moe.target import OFFSETS, offset_to
 from tests.moe.routers.test_topk import tokens
 from tests.moe.test_layer import compare, model_config, pair
 
