@@ -54,6 +54,7 @@ from moetrain.config.sections import (
     LogConfig,
     ParallelConfig,
     PrepareConfig,
+    ReportConfig,
     ScheduleConfig,
     Source,
     TrainConfig,

@@ -47,7 +47,7 @@ class MoELayer(nn.Module):
         y = self.compute(x, routing)
         if self.shared is not None:
             y = self.shared(x, y)
-        return y, LayerReport(routing.losses, statistics(routing.decision, context.valid), routing.sums, routing.scores)
+        return y, LayerReport(routing.losses, statistics(routing.decision, context), routing.sums, routing.scores)
 
     def routers(self) -> list[nn.Module]:
         """One, or of strata one each."""

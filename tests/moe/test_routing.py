@@ -33,7 +33,7 @@ def test_draws_are_uniform_and_uncorrelated():
 def test_statistics():
     active = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0]], dtype=torch.bool)
     probes = torch.tensor([[0, 0, 2.0], [2.0, 0, 0], [0, 0, 0], [0, 0, 0]])
-    found = statistics(Decision(active, probes), torch.tensor([True, True, True, False]))
+    found = statistics(Decision(active, probes), TokenContext(valid=torch.tensor([True, True, True, False])))
     assert {k: v.tolist() for k, v in found.items()} == {
         "tokens": 3, "load": [1, 2, 0], "active_sq": 5, "empty": 1, "probes": 2, "dropped": 0,
     }  # fmt: skip
