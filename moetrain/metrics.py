@@ -14,7 +14,7 @@ import sys
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 
 from moetrain.config import LogConfig
+from moetrain.records import EVENTS, METRICS, ROUTING, parse, read_records
 
-METRICS, EVENTS, ROUTING = "metrics.jsonl", "events.jsonl", "routing.json"
 _MEASURED = frozenset(
     {"step_s", "data_s", "forward_backward_s", "optimizer_s", "eval_s", "tokens_per_s", "memory_bytes", "host_memory_bytes"}
 )  # differ between two runs of the same computation
@@ -120,15 +120,6 @@ class Metrics:
 def deterministic_fields(record: dict[str, Any]) -> dict[str, Any]:
     """The record without what measures time or memory: two runs that compute the same have these equal, bit for bit."""
     return {k: v for k, v in record.items() if k not in _MEASURED}
-
-
-def read_records(run_dir: Path | str) -> Iterator[dict[str, Any]]:
-    """The records of a run, in order; a torn last line (the run is alive or was killed) is left out. Raises ValueError if there is no file."""
-    path = Path(run_dir) / METRICS
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; is {run_dir} the folder of a run?")
-    with open(path, "rb") as file:
-        yield from (record for line in file if (record := _parse(line)) is not None)
 
 
 def relative_load(loads: list[list[float]]) -> list[list[int]]:
@@ -324,22 +315,12 @@ def _cut(path: Path, step: int) -> None:
     part = path.with_name(path.name + ".tmp")
     with open(path, "rb") as old, open(part, "wb") as new:
         for line in old:
-            record = _parse(line)
+            record = parse(line)
             if record is not None and record["step"] <= step:
                 new.write(line)
         new.flush()
         os.fsync(new.fileno())
     part.replace(path)
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def _append(file: Any, record: dict[str, Any]) -> None:

@@ -227,7 +227,7 @@ def test_help(command: str, capfd: pytest.CaptureFixture[str]) -> None:
         "eval": "data.eval",
         "generate": "generate.top_p",
     }
-    option |= {"export": "export.output", "config": "schema", "doctor": "json"}
+    option |= {"export": "export.output", "report": "report.output", "config": "schema", "doctor": "json"}
     assert f"  --{option[command]}" in said
     if command == "train":
         assert "--train.dtype (default float32; one of float32, bfloat16, float64)" in said and "--train.steps (required)" in said
@@ -239,6 +239,7 @@ def test_every_example_is_right(capfd: pytest.CaptureFixture[str]) -> None:
         words = shlex.split(example)
         words = words[words.index("moetrain") + 1 :]
         assert words.pop(0) == command
+        words = ["--run_dir", *words] if command == "report" else words
         while words:
             name, value = words.pop(0), words.pop(0)
             if name == "--config":
