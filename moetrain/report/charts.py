@@ -147,8 +147,8 @@ def heat(
     else:
         key = f'<span>0</span><span class="key value"></span><span>{short(top)}</span>'
     return (
-        f'<figure class="heat"><div class="controls">{controls}</div><div class="ylabel rowlabel">{text(row)}</div><canvas role="img" '
-        f'aria-label="{text(row)} by {text(column)}"></canvas><div class="xlabel">{text(column)}</div>'
+        f'<figure class="heat"><div class="controls">{controls}</div><div class="ylabel rowlabel"></div><canvas role="img" '
+        f'aria-label="{text(row)} by {text(column)}"></canvas><div class="xlabel"></div>'
         f'<div class="scale">{key}</div><output class="value">point at a cell for its value</output>{embedded(data)}</figure>'
     )
 

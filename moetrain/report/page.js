@@ -33,8 +33,9 @@
       canvas.style.height = Math.min(360, Math.max(60, h * 22)) + "px";
       canvas.getContext("2d").putImageData(pixels, 0, 0);
       const over = view && view.value !== "";
-      figure.querySelector(".rowlabel").textContent = over ? data.column : data.row;
-      figure.querySelector(".xlabel").textContent = over ? `step ${data.names[0]} to ${data.names[frames.length - 1]}` : data.column;
+      const range = (names) => `${names[0]} to ${names[names.length - 1]}`;
+      figure.querySelector(".rowlabel").textContent = (over ? `${data.column} ${range(data.columns)}` : `${data.row} ${range(data.rows)}`) + ", downwards";
+      figure.querySelector(".xlabel").textContent = over ? `step ${range(data.names)}` : `${data.column} ${range(data.columns)}`;
       const label = figure.querySelector(".controls output");
       if (label) label.textContent = data.names[now()];
       if (pick) pick.disabled = Boolean(over);

@@ -134,7 +134,7 @@ def _active(run: Run) -> Part:
             f"there: {', '.join(there[:8])}." if there else "not there."
         )
     top = float(np.nanmax(active)) if np.isfinite(active).any() else 1.0
-    steps = [f"step {step}" for step in run.layer_steps]
+    steps = [str(step) for step in run.layer_steps]
     heat = charts.heat([charts.encode_value(active, top)], ["all"], rows=names, columns=steps, row="layer", column="step", choose="list", top=top)
     mean = np.nanmean(active, axis=0) if np.isfinite(active).any() else active[0]
     over_time = charts.curves([Series("mean of the layers", run.layer_steps, mean.tolist())], x="step", y="experts per token", marks=_marks(run))
@@ -224,9 +224,9 @@ def _sources(run: Run) -> Part:
 
 
 _DIVERGENCE_NOTE = (
-    '<p class="soft">Divergence: Jensen-Shannon divergence between the shares of the experts in the routes of two sets, divided by the entropy of '
-    "their mean: 0 the same, 1 nothing in common. After arXiv 2510.04694, whose exact normaliser was not found; there it is between languages, on router "
-    "probabilities of parallel text. Small sets diverge by chance: look at their tokens.</p>"
+    '<p class="soft">Divergence: Jensen-Shannon divergence between the shares of the experts in the routes of two sets, divided by the entropy '
+    "of their mean: 0 the same, 1 nothing in common. After arXiv 2510.04694, whose exact normaliser was not found; there it is between languages, "
+    "on router probabilities of parallel text. Small sets diverge by chance: look at their tokens.</p>"
 )
 
 

@@ -25,8 +25,11 @@ def divergence(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def has_w_shape(active: Sequence[float]) -> bool:
-    """Whether experts per token by layer fall, rise, fall and rise again with depth, each time by a tenth of their range or more: the W of
-    DSMoE (arXiv 2502.12455, Section 6.3: many experts in the first and last layers, a bump in the middle; the paper gives no numbers, the tenth is ours)."""
+    """Whether experts per token by layer fall, rise, fall and rise again with depth, each time by a tenth of their range or more.
+
+    That is the W of DSMoE (arXiv 2502.12455, Section 6.3): many experts in the first and last layers, a bump in the middle. The paper shows it in
+    heat maps, without numbers; the tenth is ours.
+    """
     values = np.asarray(active, dtype=np.float64)
     if len(values) < 5 or not np.isfinite(values).all() or values.max() == values.min():
         return False
