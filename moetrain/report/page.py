@@ -56,7 +56,7 @@ def _summary(run: Run) -> str:
     for name, points in list(run.evals.items())[:4]:
         tiles.append((short(points[-1][1]), f"loss on {name}", False))
     if run.num_layers:
-        tiles.append((short(float(np.nanmean(_late(run, "active")))), "experts per token, late mean", False))
+        tiles.append((short(float(_mean(_late(run, "active")))), "experts per token, late mean", False))
         dead = sum(number(n) for n in (last.get("moe") or {}).get("dead", []))
         tiles.append((short(dead), "experts without a token, last step", dead > 0))
     if "tokens_per_s" in run.curves:
@@ -136,8 +136,7 @@ def _active(run: Run) -> Part:
     top = float(np.nanmax(active)) if np.isfinite(active).any() else 1.0
     steps = [str(step) for step in run.layer_steps]
     heat = charts.heat([charts.encode_value(active, top)], ["all"], rows=names, columns=steps, row="layer", column="step", choose="list", top=top)
-    mean = np.nanmean(active, axis=0) if np.isfinite(active).any() else active[0]
-    over_time = charts.curves([Series("mean of the layers", run.layer_steps, mean.tolist())], x="step", y="experts per token", marks=_marks(run))
+    over_time = charts.curves([Series("mean of the layers", run.layer_steps, _mean(active).tolist())], x="step", y="experts per token", marks=_marks(run))
     rows = []
     for i, name in enumerate(names):
         rows.append((name, float(by_layer[i]), *(float(_late(run, key)[i]) for key in _LAYER_TABLE if len(run.layers.get(key, [])) > i)))
@@ -164,14 +163,12 @@ def _kinds(run: Run) -> Part:
     for name, kinds in sets.items():
         rows, best = [], 0.0
         for kind in order:
-            by_layer = [number(v) for v in kinds.get(kind, {}).get("active_by_layer") or []]
-            if len(by_layer) == run.num_layers:
-                count = number(kinds[kind].get("tokens"))
+            if kind in kinds:
+                count, by_layer = kinds[kind]
                 rows.append((kind, int(count) if math.isfinite(count) else "-", sum(by_layer) / len(by_layer), *by_layer))
                 best = max([best, *filter(math.isfinite, by_layer)])
-        if rows:
-            content += f"<h3>{text(name)}</h3>"
-            content += charts.table(["kind", "tokens", "all layers", *(f"layer {n}" for n in run.layer_names)], rows, shade=best)
+        content += f"<h3>{text(name)}</h3>"
+        content += charts.table(["kind", "tokens", "all layers", *(f"layer {n}" for n in run.layer_names)], rows, shade=best)
     return "kinds", title, content
 
 
@@ -342,9 +339,13 @@ def _mark_key(marks: list[Mark]) -> str:
 def _late(run: Run, key: str) -> np.ndarray:
     """(L,) mean over the last tenth of the run."""
     values = run.layers[key]
-    late = values[:, -max(1, values.shape[1] // 10) :]
-    good = np.isfinite(late)
-    return np.divide(np.where(good, late, 0).sum(1), good.sum(1), out=np.full(len(late), np.nan), where=good.any(1))
+    return _mean(values[:, -max(1, values.shape[1] // 10) :].T)
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Over the first dim, of what is finite; NaN where nothing is, without numpy's warning."""
+    good = np.isfinite(values)
+    return np.divide(np.where(good, values, 0).sum(0), good.sum(0), out=np.full(values.shape[1:], np.nan), where=good.any(0))
 
 
 def _rows(run: Run, count: int) -> list[str]:

@@ -144,7 +144,9 @@ def _read_config(run: Run) -> None:
 def _read_metrics(run: Run, path: Path) -> None:
     with open(path, "rb") as file:
         run.lines = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-        torn = run.lines and (file.seek(-1, 2), file.read(1))[1] != b"\n"
+        if torn := file.tell() > 0:
+            file.seek(-1, 2)
+            torn = file.read(1) != b"\n"
     width, layer_width = -(-run.lines // POINTS) or 1, -(-run.lines // LAYER_POINTS) or 1
     points, layer_points = -(-run.lines // width), -(-run.lines // layer_width)
     stride = -(-run.lines // LAYER_RECORDS) or 1
@@ -181,9 +183,19 @@ def _read_metrics(run: Run, path: Path) -> None:
     run.frames = frames.chosen()
     if not run.records:
         run.missing.append(f"{METRICS} has no whole line: no step has been done yet.")
-    broken = run.lines - run.records + bool(torn)
+    broken = run.lines - run.records + torn
     if broken > 0:
         run.missing.append(f"{broken} broken line{'s' * (broken > 1)} of {METRICS} left out (a run that was killed while it wrote has one).")
+
+
+def _kinds(value: Any, layers: int) -> dict[str, tuple[float, list[float]]]:
+    """Kind of token -> tokens, experts per token of each layer."""
+    found = {}
+    for kind, figures in _items(value):
+        active = figures.get("active_by_layer")
+        if isinstance(active, list) and len(active) == layers:
+            found[kind] = number(figures.get("tokens")), [number(v) for v in active]
+    return found
 
 
 def _items(value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -209,7 +221,7 @@ class _Frames:
     def __init__(self) -> None:
         self.frames: list[Frame] = []
         self.stride, self.seen = 1, 0
-        self.newest: Frame | None = None
+        self.newest: tuple[int, np.ndarray] | None = None
 
     def add(self, step: int, load: Any) -> None:
         try:
@@ -218,12 +230,11 @@ class _Frames:
             return
         if relative.ndim != 2 or not relative.size or not np.isfinite(relative).all():
             return
-        frame = Frame(step, encode_load(relative))
-        if self.newest is not None and frame.load.shape != self.newest.load.shape:
+        if self.newest is not None and relative.shape != self.newest[1].shape:
             return
-        self.newest = frame
+        self.newest = step, relative
         if self.seen % self.stride == 0:
-            self.frames.append(frame)
+            self.frames.append(Frame(step, encode_load(relative)))
             if len(self.frames) >= 2 * self._most():
                 self.frames, self.stride = self.frames[::2], self.stride * 2
         self.seen += 1
@@ -231,14 +242,15 @@ class _Frames:
     def chosen(self) -> list[Frame]:
         if self.newest is None:
             return []
-        frames = self.frames if self.frames[-1] is self.newest else [*self.frames, self.newest]
+        step, relative = self.newest
+        frames = self.frames if self.frames[-1].step == step else [*self.frames, Frame(step, encode_load(relative))]
         if len(frames) <= self._most():
             return frames
         return [frames[i] for i in sorted({round(k) for k in np.linspace(0, len(frames) - 1, self._most())})]
 
     def _most(self) -> int:
         assert self.newest is not None, "add() has been called"
-        return max(2, min(FRAMES, FRAME_BYTES // self.newest.load.size))
+        return max(2, min(FRAMES, FRAME_BYTES // self.newest[1].size))
 
 
 def _read_events(run: Run) -> None:
@@ -276,7 +288,7 @@ def _read_routing(run: Run) -> None:
             except (ValueError, TypeError):
                 continue
             if load.ndim == 2 and len(load) == run.num_layers and np.isfinite(load).all() and (load >= 0).all():
-                sets[name] = {"tokens": number(found.get("tokens")), "load": load, "kinds": dict(_items(found.get("kinds")))}
+                sets[name] = {"tokens": number(found.get("tokens")), "load": load, "kinds": _kinds(found.get("kinds"), run.num_layers)}
         if sets:
             run.routing[part] = {"step": picture.get("step"), "sets": sets}
     for part in set(run.routing):
