@@ -136,7 +136,8 @@ def _active(run: Run) -> Part:
     top = float(np.nanmax(active)) if np.isfinite(active).any() else 1.0
     steps = [str(step) for step in run.layer_steps]
     heat = charts.heat([charts.encode_value(active, top)], ["all"], rows=names, columns=steps, row="layer", column="step", choose="list", top=top)
-    over_time = charts.curves([Series("mean of the layers", run.layer_steps, _mean(active).tolist())], x="step", y="experts per token", marks=_marks(run))
+    mean = Series("mean of the layers", run.layer_steps, _mean(active).tolist())
+    over_time = charts.curves([mean], x="step", y="experts per token", marks=_marks(run))
     rows = []
     for i, name in enumerate(names):
         rows.append((name, float(by_layer[i]), *(float(_late(run, key)[i]) for key in _LAYER_TABLE if len(run.layers.get(key, [])) > i)))
