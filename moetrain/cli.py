@@ -47,6 +47,10 @@ COMMANDS = {
         "checkpoint -> Hugging Face folder",
         "moetrain export --run_dir runs/moe --export.output exported/",
     ),
+    "report": (
+        "one self-contained HTML page of a run: loss, load of the experts, routing by source, speed, what went wrong",
+        "moetrain report runs/moe",
+    ),
     "config": (
         "check a config and print it with every default; --schema prints the JSON schema",
         "moetrain config --config configs/quickstart/moe.yaml",
@@ -154,6 +158,8 @@ def _main(words: list[str]) -> int:
     if command == "train":
         # Before the seconds in which torch is imported, when a signal to save and end would kill.
         preempt.listen(schema.CheckpointConfig().signals)
+    if command == "report" and words and not words[0].startswith("--"):
+        words[:1] = ["--run_dir", words[0]]
     config = _read(command, _import_files(words))
     _RUN[command](config)
     return 0
@@ -201,6 +207,8 @@ def _read(command: str, words: list[str]) -> Config:
         else:
             rest.append(word)
     overrides = schema.parse_overrides(rest)
+    if command == "report":
+        return schema.load_config(path, overrides)  # figures, not weights: init_from may be gone
     from moetrain.build import model_from
 
     whole = False
@@ -225,7 +233,7 @@ def _usage() -> str:
 
 _SECTIONS = {
     "prepare": ["prepare"], "upcycle": ["upcycle"], "train": ["train", "data", "parallel", "checkpoint", "log"], "eval": ["eval", "data"],
-    "generate": ["generate"], "export": ["export"],
+    "generate": ["generate"], "export": ["export"], "report": ["report"],
 }  # fmt: skip
 
 
@@ -248,7 +256,7 @@ def _help(command: str) -> str:
         "  --import FILE    Python file to run first, which defines a router of your own (docs/routers.md); may be given several times",
         *(["  --schema         print the JSON schema of the file, for editors"] if command == "config" else []),
     ]
-    top = [] if command in ("prepare", "upcycle") else ["run_dir", "init_from"]
+    top = [] if command in ("prepare", "upcycle") else ["run_dir"] if command == "report" else ["run_dir", "init_from"]
     for name in [*top, *(["resume"] if command == "train" else [])]:
         lines.append(_option(name, Config.model_fields[name]))
     for section in _SECTIONS.get(command, []):
@@ -391,10 +399,17 @@ def _export(config: Config) -> None:
         print("load it with AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)")
 
 
+def _report(config: Config) -> None:
+    from moetrain import report
+
+    print(report.write(config.run_dir, config.report.output))
+
+
 def _config(config: Config) -> None:
     print(schema.to_yaml(config), end="")
 
 
 _RUN: dict[str, Callable[[Config], None]] = {
-    "prepare": _prepare, "upcycle": _upcycle, "train": _train, "eval": _eval, "generate": _generate, "export": _export, "config": _config,
+    "prepare": _prepare, "upcycle": _upcycle, "train": _train, "eval": _eval, "generate": _generate, "export": _export, "report": _report,
+    "config": _config,
 }  # fmt: skip

@@ -18,6 +18,8 @@ from rich.table import Table
 from moetrain.build import DTYPES, find_trained, load_trained
 from moetrain.config import Config, ConfigError, ModelConfig, ParallelConfig, TrainConfig, check_world
 from moetrain.data.dataset import BatchIterator, EvalSet
+from moetrain.data.kinds import KINDS, TokenKinds
+from moetrain.metrics import write_routing
 from moetrain.microbatch import Sums, forward, source_tags
 from moetrain.model import Transformer
 from moetrain.parallel.mesh import build_meshes, start_processes
@@ -34,9 +36,11 @@ def evaluate(
     device: torch.device,
     group: dist.ProcessGroup | None,
     tasks: Mapping[str, str] | None = None,
+    kinds: TokenKinds | None = None,
 ) -> dict[str, dict[str, Any]]:
     """By set: loss (nats per predicted token), perplexity, tokens; of a mixture, active (mean experts per token) and active_by_layer (of each
-    MoE layer); where experts differ in size, mean_sized, how many of the mean size cost as much.
+    MoE layer); where experts differ in size, mean_sized, how many of the mean size cost as much; load_by_layer, routes per expert of each MoE
+    layer; with `kinds`, kinds: kind of token -> tokens and active_by_layer.
 
     batch_size: sequences per rank and forward pass. tasks: set -> the source whose tag its tokens have; a set that is not there has that of its
     own name. Collective over `group`; every rank gets the same answer. The model is left in evaluation
@@ -54,7 +58,8 @@ def evaluate(
             while batches.state()["consumed_samples"] < len(dataset):
                 for batch in next(batches):
                     batch = {k: v.to(device) for k, v in batch.items()}
-                    sums.add(forward(model, batch, dtype, isolate_documents, tags=tags), batch)
+                    classes = None if kinds is None else (kinds.of(batch["tokens"], batch["positions"]), len(KINDS))
+                    sums.add(forward(model, batch, dtype, isolate_documents, tags=tags, classes=classes), batch)
         totals = sums.reduce(group)
         tokens = totals.sources[0]["tokens"]
         loss = totals.lm / max(1, tokens)
@@ -65,7 +70,23 @@ def evaluate(
             if moe is not None and isinstance(moe.expert_dim, list):
                 routes = [mean * moe.mean_sized(load) / max(1.0, sum(load)) for mean, load in zip(totals.moe["active"], totals.loads)]
                 results[name]["mean_sized"] = sum(routes) / len(routes)
+            results[name]["load_by_layer"] = [[int(count) for count in layer] for layer in totals.loads]
+            if kinds is not None:
+                results[name]["kinds"] = {
+                    kind: {"tokens": count, "active_by_layer": [sum(layer) / count for layer in layers]}
+                    for kind, count, layers in zip(KINDS, totals.class_tokens, totals.class_loads)
+                    if count
+                }
     return results
+
+
+def routing_sets(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What `metrics.write_routing` takes, from the answer of `evaluate`; empty for a dense model."""
+    return {
+        name: {"tokens": r["tokens"], "load": r["load_by_layer"], "kinds": r.get("kinds", {})}
+        for name, r in results.items()
+        if "load_by_layer" in r
+    }
 
 
 def cost(config: ModelConfig, active: float | None, seq_len: int) -> dict[str, float]:
@@ -103,6 +124,7 @@ def run(config: Config) -> None:
     results = evaluate(
         model, sets, batch_size=config.eval.batch_size, dtype=DTYPES[train.dtype], isolate_documents=data.isolate_documents, device=device,
         group=dist.group.WORLD if world > 1 else None, tasks=data.eval_tasks,
+        kinds=TokenKinds.of_tokenizer(trained.tokenizer, trained.config.vocab_size, device) if config.eval.routing else None,
     )  # fmt: skip
     seconds = time.perf_counter() - began
     for result in results.values():
@@ -113,6 +135,8 @@ def run(config: Config) -> None:
             answer["num_experts"] = trained.config.moe.num_experts
             answer["moe_layers"] = trained.config.moe_layers
         _show(answer)
+        if config.eval.routing:
+            write_routing(config.run_dir, "eval", None, routing_sets(results))
         if config.eval.output is not None:
             Path(config.eval.output).write_text(json.dumps(answer, indent=2) + "\n", encoding="utf-8")
     if dist.is_initialized():

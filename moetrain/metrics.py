@@ -14,7 +14,7 @@ import sys
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ import torch
 import torch.distributed as dist
 
 from moetrain.config import LogConfig
+from moetrain.records import EVENTS, METRICS, ROUTING, parse, read_records
 
-METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
-_MEASURED = frozenset({"step_s", "data_s", "tokens_per_s", "memory_bytes"})  # differ between two runs of the same computation
+_MEASURED = frozenset(
+    {"step_s", "data_s", "forward_backward_s", "optimizer_s", "eval_s", "tokens_per_s", "memory_bytes", "host_memory_bytes"}
+)  # differ between two runs of the same computation
 _WINDOW = 50  # steps over which the console averages speed
 
 
@@ -120,13 +122,25 @@ def deterministic_fields(record: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in record.items() if k not in _MEASURED}
 
 
-def read_records(run_dir: Path | str) -> Iterator[dict[str, Any]]:
-    """The records of a run, in order; a torn last line (the run is alive or was killed) is left out. Raises ValueError if there is no file."""
-    path = Path(run_dir) / METRICS
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; is {run_dir} the folder of a run?")
-    with open(path, "rb") as file:
-        yield from (record for line in file if (record := _parse(line)) is not None)
+def relative_load(loads: list[list[float]]) -> list[list[int]]:
+    """Routes per expert of each layer -> per cent of the even share (100: as many as the mean expert has), rounded but for 0, which means none."""
+    return [[math.ceil(n * len(layer) * 100 / sum(layer) - 0.5) or 1 if n else 0 for n in layer] for layer in loads]
+
+
+def write_routing(run_dir: Path | str, part: str, step: int | None, sets: dict[str, dict[str, Any]]) -> None:
+    """Put a picture of the routing in RUN/routing.json, in the place of the last one of the same part (`train` by source, `eval` by evaluation set).
+
+    sets: name -> tokens; load, routes per expert of each MoE layer; kinds (where known): kind of token -> tokens and active_by_layer.
+    """
+    path = Path(run_dir) / ROUTING
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        whole = None  # none yet, or torn: the other part comes again
+    whole = {**whole, part: {"step": step, "sets": sets}} if isinstance(whole, dict) else {part: {"step": step, "sets": sets}}
+    fresh = path.with_name(path.name + ".tmp")
+    fresh.write_text(json.dumps(whole) + "\n", encoding="utf-8")
+    fresh.replace(path)
 
 
 def flatten(record: dict[str, Any]) -> dict[str, float]:
@@ -143,7 +157,8 @@ def flatten(record: dict[str, Any]) -> dict[str, float]:
         elif isinstance(value, (int, float)):  # bool too: a skipped step is 1
             flat[name] = value
 
-    walk("", {k: v for k, v in record.items() if k != "step"})
+    # The load of each expert would be thousands of curves.
+    walk("", {k: v for k, v in record.items() if k not in ("step", "load")})
     return flat
 
 
@@ -300,22 +315,12 @@ def _cut(path: Path, step: int) -> None:
     part = path.with_name(path.name + ".tmp")
     with open(path, "rb") as old, open(part, "wb") as new:
         for line in old:
-            record = _parse(line)
+            record = parse(line)
             if record is not None and record["step"] <= step:
                 new.write(line)
         new.flush()
         os.fsync(new.fileno())
     part.replace(path)
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def _append(file: Any, record: dict[str, Any]) -> None:

@@ -29,9 +29,11 @@ def forward(
     group: dist.ProcessGroup | None = None,
     counts: StepCounts | None = None,
     tags: Tensor | None = None,
+    classes: tuple[Tensor, int] | None = None,
 ) -> ModelOutput:
     """num_tokens: labels of the whole step over all ranks, which router losses are divided by; None: of this call. seed: of the routers' draws.
     group: ranks that share the micro-batch. counts: of the step's micro-batches so far. tags: of `source_tags`, for the sources of the batch.
+    classes: (B, S), and how many there are, by which routes are counted apart.
 
     A token without a label has no routes: it is padding or the last of its document, and nobody reads its output.
     """
@@ -44,12 +46,18 @@ def forward(
     tag = (source if tags is None else torch.where(source < 0, -1, tags[source.clamp(min=0)]))[:, None].expand_as(labels)
     context = TokenContext(
         keys=keys.flatten(), valid=(labels != IGNORE).flatten(), num_tokens=None if num_tokens is None else num_tokens.to(wide), group=group,
-        sequence=sequence, counts=counts, tags=tag.flatten(),
+        sequence=sequence, counts=counts, tags=tag.flatten(), classes=None if classes is None else classes[0].flatten(),
+        num_classes=0 if classes is None else classes[1],
     )  # fmt: skip
     return model(
         batch["tokens"], labels=labels, positions=batch["positions"], document_ids=batch["document_ids"] if isolate_documents else None,
         context=context, dtype=dtype,
     )  # fmt: skip
+
+
+def source_classes(batch: Batch, num_sources: int) -> tuple[Tensor, int]:
+    """The `classes` of `forward` that count by source. A blank sample (source -1) has no token that counts anywhere."""
+    return batch["source"].clamp(min=0)[:, None].expand_as(batch["labels"]), num_sources
 
 
 def source_tags(config: ModelConfig, names: list[str], device: torch.device) -> Tensor | None:
@@ -61,13 +69,16 @@ def source_tags(config: ModelConfig, names: list[str], device: torch.device) -> 
 @dataclass(frozen=True)
 class Totals:
     """Over all ranks. lm: summed loss. losses: by name, of each MoE layer. sources: mean loss and tokens of each. moe: statistics by MoE layer.
-    loads: of each MoE layer, routes per expert. sums: of each MoE layer, `LayerReport.sums`, flattened. mean_active: over layers."""
+    loads: of each MoE layer, routes per expert. class_loads: the same of each class, where tokens had classes, else empty. class_tokens: tokens of
+    each class. sums: of each MoE layer, `LayerReport.sums`, flattened. mean_active: over layers."""
 
     lm: float
     losses: dict[str, list[float]]
     sources: list[dict[str, Any]]
     moe: dict[str, list[float]]
     loads: list[list[float]]
+    class_loads: list[list[list[float]]]
+    class_tokens: list[int]
     sums: list[dict[str, list[float]]]
     mean_active: float | None
 
@@ -130,12 +141,22 @@ class Sums:
             }.items():
                 moe.setdefault(name, []).append(value)
         active = moe.get("active")
+        tokens_apart = [int(count) for count in layers[0].get("class_tokens", [])] if layers else []
+        apart = [[_part(layer["class_load"], i, len(tokens_apart)) for layer in layers] for i in range(len(tokens_apart))]
         return Totals(
             lm=lm,
             losses={name: [layer[name][0] for layer in layers] for name in self.loss_names},
             sources=sources,
             moe=moe,
             loads=[layer["load"] for layer in layers],
+            class_loads=apart,
+            class_tokens=tokens_apart,
             sums=[{name[1:]: value for name, value in layer.items() if name[0] == "."} for layer in layers],
             mean_active=sum(active) / len(active) if active else None,
         )
+
+
+def _part(values: list[float], number: int, parts: int) -> list[float]:
+    """The `number`-th of equal parts of a list."""
+    size = len(values) // parts
+    return values[number * size : (number + 1) * size]

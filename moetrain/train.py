@@ -9,6 +9,8 @@ numbers as one that was not.
 from __future__ import annotations
 
 import math
+import resource
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -26,9 +28,10 @@ from moetrain.checkpoint import Checkpoints
 from moetrain.config import Config, ConfigError, ScheduleConfig, check_world
 from moetrain.data.dataset import IGNORE, BatchIterator, BlendedDataset, EvalSet, Source
 from moetrain.data.indexed import read_meta
-from moetrain.evaluate import evaluate
-from moetrain.metrics import Metrics
-from moetrain.microbatch import Batch, Sums, forward, source_tags
+from moetrain.data.kinds import TokenKinds
+from moetrain.evaluate import evaluate, routing_sets
+from moetrain.metrics import Metrics, relative_load, write_routing
+from moetrain.microbatch import Batch, Sums, forward, source_classes, source_tags
 from moetrain.model import Transformer
 from moetrain.moe.losses import build_controller, coefficients
 from moetrain.moe.routers import changes_after_step
@@ -99,6 +102,13 @@ class Trainer:
         }
         self.tags = source_tags(self.model_config, [s.name for s in data.train], self.device)
         self.tokenizer = ((read_meta(data.train[0].path) or {}).get("tokenizer") or {}).get("spec")
+
+        every = config.log.load_every
+        self.load_every = max(1, self.train_config.steps // 100) if every is None else every
+        self.keep_routing = config.log.routing and self.model_config.num_moe_layers > 0
+        self.kinds = TokenKinds.of_tokenizer(self.tokenizer, vocab_size, self.device) if self.keep_routing and self.eval_sets else None
+        self.seconds: dict[str, float] = {}
+        """Where the time of the last step went, on this rank."""
 
         self.checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", config.checkpoint)
         resume_step = self._together(self.checkpoints.latest)
@@ -207,9 +217,10 @@ class Trainer:
             "tokenizer": self.tokenizer,
             "config": schema.to_dict(self.config),
         }
+        began = time.perf_counter()
         self.checkpoints.save(self.step, self._state(), meta, wait=wait)
         self.saved = self.step
-        self.metrics.event("checkpoint", step=self.step)
+        self.metrics.event("checkpoint", step=self.step, seconds=time.perf_counter() - began)  # that training waited, not that writing took
 
     def _check_same_model(self, step: int) -> None:
         """Before anything is loaded, so that the message names options and not shapes. A damaged checkpoint is left to `load`."""
@@ -250,6 +261,9 @@ class Trainer:
         """One optimizer step over this rank's micro-batches; returns the record of the step, equal on all ranks."""
         train = self.train_config
         assert train is not None
+        began = time.perf_counter()
+        num_sources = len(self.config.data.train)
+        with_load = self.load_every > 0 and ((self.step + 1) % self.load_every == 0 or self.step + 1 == train.steps)
         batches = [{k: v.to(self.device, non_blocking=True) for k, v in batch.items()} for batch in batches]
         count = torch.stack([(b["labels"] != IGNORE).sum() for b in batches]).sum().double()
         if self.group is not None:
@@ -262,9 +276,12 @@ class Trainer:
 
         self.model.train()
         counts = StepCounts()
-        sums = Sums(list(factors), len(self.config.data.train), self.device)
+        sums = Sums(list(factors), num_sources, self.device)
         for batch in batches:
-            output = forward(self.model, batch, self.dtype, self.config.data.isolate_documents, count, train.seed, self.group, counts, self.tags)
+            classes = source_classes(batch, num_sources) if with_load and self.keep_routing else None
+            output = forward(
+                self.model, batch, self.dtype, self.config.data.isolate_documents, count, train.seed, self.group, counts, self.tags, classes
+            )
             loss = output.loss_sum / count.to(output.loss_sum.dtype)
             for layer, report in enumerate(r for r in output.reports if r.stats):
                 for name, value in report.losses.items():
@@ -276,6 +293,7 @@ class Trainer:
         norm = gradient_norm(self.parameters.values())
         numbers = torch.stack([norm, count]).tolist()
         grad_norm, tokens = numbers[0], int(numbers[1])
+        computed = time.perf_counter()  # .tolist() has waited for the device
         losses = {"lm": totals.lm / tokens, **{name: sum(values) for name, values in totals.losses.items()}}
         total = losses["lm"] + sum(f * v for name in factors for f, v in zip(factors[name], totals.losses[name]))
         good = math.isfinite(grad_norm) and math.isfinite(total)
@@ -306,8 +324,14 @@ class Trainer:
             self.mean_active = totals.mean_active
             if self.controller is not None:
                 self.controller.update(totals.moe["active"])
+        if with_load:
+            record["load"] = relative_load(totals.loads)
+        if with_load and self.keep_routing and self.rank == 0:
+            found = zip(self.config.data.train, totals.class_tokens, totals.class_loads)
+            write_routing(self.config.run_dir, "train", self.step, {s.name: {"tokens": n, "load": load} for s, n, load in found if n})
+        self.seconds = {"forward_backward_s": computed - began, "optimizer_s": time.perf_counter() - computed}
         record["sources"] = {s.name: v for s, v in zip(self.config.data.train, totals.sources) if v["tokens"]}
-        return {k: v for k, v in record.items() if v not in ({}, None)}
+        return {k: v for k, v in record.items() if v not in ({}, [], None)}
 
     # ------------------------------------------------------------------------------------------------------------- run
 
@@ -330,11 +354,13 @@ class Trainer:
                 before = self.tokens
                 record = self.train_step(batch)
                 seconds = time.perf_counter() - began
-                record |= {"step_s": seconds, "data_s": loaded - began, "tokens_per_s": (self.tokens - before) / seconds}
+                record |= {"step_s": seconds, "data_s": loaded - began, **self.seconds, "tokens_per_s": (self.tokens - before) / seconds}
+                record["host_memory_bytes"] = peak_memory()
                 if record["skipped"]:
                     self.metrics.event("skipped", step=self.step, loss=record["loss"], grad_norm=record["grad_norm"])
                 if self.eval_sets and train.eval_every and (self.step % train.eval_every == 0 or self.step == train.steps):
                     record["eval"] = self.evaluate()
+                    record["eval_s"] = time.perf_counter() - began - seconds
                 self.metrics.log(record)
                 if self.bad_in_a_row >= train.max_bad_steps:
                     raise RuntimeError(
@@ -358,14 +384,21 @@ class Trainer:
         results = evaluate(
             self.model, self.eval_sets, batch_size=self.train_config.micro_batch_size, dtype=self.dtype,
             isolate_documents=self.config.data.isolate_documents, device=self.device, group=self.group,
-            tasks=self.config.data.eval_tasks,
+            tasks=self.config.data.eval_tasks, kinds=self.kinds,
         )  # fmt: skip
-        return {name: {k: v for k, v in result.items() if not isinstance(v, list)} for name, result in results.items()}
+        if self.keep_routing and self.rank == 0:
+            write_routing(self.config.run_dir, "eval", self.step, routing_sets(results))
+        return {name: {k: v for k, v in result.items() if not isinstance(v, (list, dict))} for name, result in results.items()}
 
     def close(self) -> None:
         """Wait for writing threads and leave the process group."""
         self.checkpoints.close()
         self.metrics.close()
+
+
+def peak_memory() -> int:
+    """Bytes of main memory that this process has used at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _differences(old: Any, new: Any, name: str) -> list[str]:

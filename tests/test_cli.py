@@ -229,7 +229,7 @@ def test_help(command: str, capfd: pytest.CaptureFixture[str]) -> None:
         "generate": "generate.top_p",
     }
     option |= {"export": "export.output", "config": "schema", "doctor": "ranks", "submit": "cluster FILE", "logs": "follow"}
-    option |= {"status": "run_dir", "cancel": "run_dir", "bench": "rounds"}
+    option |= {"status": "run_dir", "cancel": "run_dir", "bench": "rounds", "report": "report.output"}
     assert f"  --{option[command]}" in said
     if command == "train":
         assert "--train.dtype (default float32; one of float32, bfloat16, float64)" in said and "--train.steps (required)" in said
@@ -249,6 +249,7 @@ def test_every_example_is_right(capfd: pytest.CaptureFixture[str], monkeypatch: 
             assert main([command, *words]) == 0, (example, capfd.readouterr().err)
             continue
         words = [w for w in words if w != "--follow"]
+        words = ["--run_dir", *words] if command == "report" else words
         while words:
             name, value = words.pop(0), words.pop(0)
             if name == "--config":

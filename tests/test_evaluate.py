@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 from moetrain.config import Config, ParallelConfig
 from moetrain.data.dataset import IGNORE, EvalSet
+from moetrain.data.kinds import KINDS, TokenKinds
+from moetrain.data.tokenizer import ByteTokenizer
 from moetrain.evaluate import cost, evaluate
 from moetrain.model import Transformer, init_weights
 from moetrain.moe.routing import TokenContext
@@ -20,12 +22,13 @@ from tests.distributed import run
 from tests.test_train import make_config, write_data
 
 
-def on_ranks(config: Config, path: str) -> dict:
+def on_ranks(config: Config, path: str, by_kind: bool = False) -> dict:
     trainer = Trainer(config, console=False)
     sets = {"held out": EvalSet("held out", path, config.data.seq_len)}
     result = evaluate(
         trainer.model, sets, batch_size=2, dtype=torch.float64, isolate_documents=True, device=trainer.device,
         group=dist.group.WORLD if dist.is_initialized() else None,
+        kinds=TokenKinds(ByteTokenizer(), 50, trainer.device) if by_kind else None,
     )  # fmt: skip
     trainer.close()
     return result["held out"]
@@ -47,16 +50,25 @@ def test_equals_a_plain_loop_on_any_number_of_ranks(data, tmp_path):
     model.eval()
     dataset = EvalSet("held out", data / "c", config.data.seq_len)
     total, tokens, routes = 0.0, 0, 0.0
+    kinds, by_kind = TokenKinds(ByteTokenizer(), 50, torch.device("cpu")), {}
     for i in range(len(dataset)):
         sample = dataset[i]
         inputs = {k: torch.from_numpy(np.array(getattr(sample, k)))[None] for k in ("tokens", "positions", "document_ids")}
         logits = model(**inputs).logits[0]
         loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(sample.labels), ignore_index=IGNORE, reduction="sum")
         total, tokens = total + loss.item(), tokens + int((sample.labels != IGNORE).sum())
+        # The routes of one kind of token are those that are left when all other tokens are padding: this router looks at each token alone.
+        of = kinds.of(inputs["tokens"], inputs["positions"])[0].numpy()
+        for kind, name in enumerate(KINDS):
+            valid = torch.from_numpy((sample.labels != IGNORE) & (of == kind))
+            reports = model(**inputs, context=TokenContext(valid=valid)).reports
+            loads = by_kind.setdefault(name, [0, torch.zeros(len(reports), 8)])
+            loads[0] += int(valid.sum())
+            loads[1] += torch.stack([r.stats["load"].float() for r in reports])
     for layout in ((1, 1, 1), (1, 1, 2), (1, 2, 2)):
         world = math.prod(layout)
         ranks = make_config(data, "exact", layout, run_dir=str(tmp_path / str(layout)))
-        results = [on_ranks(ranks, str(data / "c"))] if world == 1 else run(on_ranks, world, ranks, str(data / "c"))
+        results = [on_ranks(ranks, str(data / "c"), True)] if world == 1 else run(on_ranks, world, ranks, str(data / "c"), True)
         for result in results:
             assert result["tokens"] == tokens
             assert result["loss"] == pytest.approx(total / tokens, rel=1e-9)
@@ -64,6 +76,11 @@ def test_equals_a_plain_loop_on_any_number_of_ranks(data, tmp_path):
             assert result["active"] == pytest.approx(sum(result["active_by_layer"]) / config.model.num_layers)
             routes = routes or result["active"]
             assert result["active"] == routes
+            assert result["load_by_layer"] == sum(load for _, load in by_kind.values()).tolist()
+            assert result["kinds"].keys() == {name for name, (count, _) in by_kind.items() if count} and len(result["kinds"]) >= 4
+            for name, found in result["kinds"].items():
+                count, load = by_kind[name]
+                assert found["tokens"] == count and found["active_by_layer"] == pytest.approx((load.sum(1) / count).tolist())
     assert isinstance(config.parallel, ParallelConfig) and 0 < routes < 8
 
 

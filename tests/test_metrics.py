@@ -13,7 +13,7 @@ import torch
 
 import moetrain.metrics as metrics
 from moetrain.config import LogConfig
-from moetrain.metrics import Metrics, console_line, deterministic_fields, flatten, plots, read_records
+from moetrain.metrics import Metrics, console_line, deterministic_fields, flatten, plots, read_records, relative_load, write_routing
 
 RESOLVED = {"train": {"steps": 20, "lr": 3e-4}}
 
@@ -116,6 +116,27 @@ def test_flatten():
     flat = flatten(_record(1, skipped=True, eval={"val": {"loss": 2.0, "perplexity": 7.4}}, note="text"))
     assert flat["moe/active/layer_00"] == 2.5 and flat["moe/dead/layer_01"] == 2 and flat["sources/code/loss"] == 2.0
     assert flat["eval/val/perplexity"] == 7.4 and flat["skipped"] == 1 and "step" not in flat and "note" not in flat
+
+
+def test_load_of_each_expert():
+    """Per cent of the even share: 0 only for none, whatever rounds to it is 1; an empty layer is all 0; and no curve for wandb."""
+    assert relative_load([[300, 100, 0, 0], [99999, 1, 0, 0], [0, 0]]) == [[300, 100, 0, 0], [400, 1, 0, 0], [0, 0]]
+    assert flatten({"step": 1, "load": [[100, 100]], "loss": 1.0}) == {"loss": 1.0}
+
+
+def test_routing_file(tmp_path):
+    """The newest picture of each part stays; a torn file is replaced."""
+    write_routing(tmp_path, "train", 4, {"a": {"tokens": 3, "load": [[1, 2]]}})
+    write_routing(tmp_path, "eval", 4, {"b": {"tokens": 5, "load": [[5, 0]]}})
+    write_routing(tmp_path, "train", 8, {"a": {"tokens": 2, "load": [[2, 0]]}})
+    found = json.loads((tmp_path / "routing.json").read_text())
+    assert found == {
+        "train": {"step": 8, "sets": {"a": {"tokens": 2, "load": [[2, 0]]}}},
+        "eval": {"step": 4, "sets": {"b": {"tokens": 5, "load": [[5, 0]]}}},
+    }
+    (tmp_path / "routing.json").write_text('{"train": {')
+    write_routing(tmp_path, "eval", 9, {})
+    assert json.loads((tmp_path / "routing.json").read_text()) == {"eval": {"step": 9, "sets": {}}}
 
 
 def test_console_every_n_steps(tmp_path, capsys):

@@ -59,6 +59,7 @@ from moetrain.config.sections import (
     LogConfig,
     ParallelConfig,
     PrepareConfig,
+    ReportConfig,
     ScheduleConfig,
     Source,
     TrainConfig,

@@ -148,6 +148,10 @@ class LogConfig(Section):
     wandb_project: str = "moetrain"
     wandb_name: str | None = None
     wandb_mode: Literal["online", "offline"] = "online"
+    load_every: NonNegative | None = None
+    """Steps between records of the load of every expert in the JSONL, for the heat map of `moetrain report`; null: about 100 in the run, 0: none."""
+    routing: bool = True
+    """Keep RUN/routing.json, the newest load by source and by evaluation set, there also by kind of token (beginning of a word, digit, ...)."""
 
 
 # Option of an upcycling -> methods for which it counts.
@@ -266,6 +270,8 @@ class EvalConfig(Section):
     batch_size: Positive = 8
     output: Annotated[str | None, Field(min_length=1)] = None
     """JSON file with the figures that are printed."""
+    routing: bool = False
+    """Also write the load by set and by kind of token to run_dir's routing.json, which `moetrain report` shows."""
 
 
 class GenerateConfig(Section):
@@ -286,6 +292,11 @@ class ExportConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """null: as the parameters are."""
     max_shard_bytes: Positive = 5_000_000_000
+
+
+class ReportConfig(Section):
+    output: Name | None = None
+    """HTML file to write; null: report.html in run_dir."""
 
 
 @holds_router
@@ -309,3 +320,4 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     generate: GenerateConfig = GenerateConfig()
     export: ExportConfig | None = None
+    report: ReportConfig = ReportConfig()

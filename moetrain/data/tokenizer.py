@@ -110,6 +110,15 @@ class HuggingFaceTokenizer:
         """The text of one token id, or None."""
         return None if number is None else self._tokenizer.id_to_token(number)
 
+    def texts(self) -> list[str | None]:
+        """What each id adds to a text that it follows, its blanks included; None for special tokens."""
+        # After another token: decoders drop the blank at the beginning of a text.
+        before = self._tokenizer.encode(".", add_special_tokens=False).ids[-1:]
+        cut = len(self._tokenizer.decode(before, skip_special_tokens=False))
+        texts = self._tokenizer.decode_batch([[*before, i] for i in range(self.vocab_size)], skip_special_tokens=False)
+        special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        return [None if i in special else text[cut:] for i, text in enumerate(texts)]
+
     def _find_eos(self, given: str | int | None) -> int:
         if given is None:
             found = self._special("eos")

@@ -49,7 +49,7 @@ class MoELayer(nn.Module):
             y = (y + routing.local).to(y.dtype)
         if self.shared is not None:
             y = self.shared(x, y)
-        return y, LayerReport(routing.losses, statistics(routing.decision, context.valid), routing.sums, routing.scores)
+        return y, LayerReport(routing.losses, statistics(routing.decision, context), routing.sums, routing.scores)
 
     def routers(self) -> list[nn.Module]:
         """One, or of strata one each."""

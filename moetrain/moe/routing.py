@@ -61,6 +61,7 @@ class TokenContext:
     tokens: (T,) int64, token ids. tags: (T,) int64, which kind of text a token is of: the place of its source in the router's `tag_names`, or in
     `data.train` where it has none; None, or -1 for a token: not known.
     previous: (T, ...) the scores of the MoE layer before this one, with gradient (`Routing.scores`); None: there is none.
+    classes: (T,) int64 in 0..num_classes - 1, a sort of token (its source, its kind) by which routes are also counted apart; None: they are not.
     """
 
     keys: Tensor | None = None
@@ -72,6 +73,8 @@ class TokenContext:
     tokens: Tensor | None = None
     tags: Tensor | None = None
     previous: Tensor | None = None
+    classes: Tensor | None = None
+    num_classes: int = 0
 
 
 @visible
@@ -119,8 +122,8 @@ class Routing:
 class LayerReport:
     """What a layer tells beside its output. losses: differentiable scalars. stats: detached sums over this rank's tokens, to be added over
     ranks and micro-batches: tokens (), load (E,) routes per expert, active_sq () sum of squared routes per token, empty () tokens without a
-    route, probes () probe routes, dropped () routes lost to a full expert. Nothing accumulates inside forward, since recomputation would count
-    it twice.
+    route, probes () probe routes, dropped () routes lost to a full expert, and of each class, where there are classes (C), class_tokens (C,) and
+    class_load (C, E). Nothing accumulates inside forward, since recomputation would count it twice.
     sums, scores: of the Routing."""
 
     losses: dict[str, Tensor] = field(default_factory=dict)
@@ -129,12 +132,17 @@ class LayerReport:
     scores: Tensor | None = None
 
 
-def statistics(decision: Decision, valid: Tensor | None) -> dict[str, Tensor]:
+def statistics(decision: Decision, context: TokenContext) -> dict[str, Tensor]:
     """The `stats` of a LayerReport, float64 so that sums over a run stay whole numbers."""
-    active = decision.active
+    active, valid, classes = decision.active, context.valid, context.classes
     per_token = active.sum(-1, dtype=torch.float64)
     real = torch.ones_like(per_token) if valid is None else valid.double()
-    return {
+    apart = {}
+    if classes is not None:
+        # Whole numbers: the order in which index_add adds them does not matter.
+        apart["class_tokens"] = real.new_zeros(context.num_classes).index_add_(0, classes, real)
+        apart["class_load"] = real.new_zeros(context.num_classes, active.shape[1]).index_add_(0, classes, active.double())
+    return apart | {
         "tokens": real.sum(),
         "load": active.sum(0, dtype=torch.float64),
         "active_sq": per_token.square().sum(),

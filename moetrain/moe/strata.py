@@ -65,5 +65,5 @@ class StratifiedMoELayer(MoELayer):
             counts = counts + active
             for name, value in routing.losses.items():
                 losses[name] = losses.get(name, 0) + value / len(self.router)
-        stats = statistics(Decision(counts), context.valid)
+        stats = statistics(Decision(counts), context)
         return (y if self.shared is None else self.shared(x, y)), LayerReport(losses, stats)

@@ -144,6 +144,7 @@ def test_one_run(site: Site, undisturbed: list[dict[str, Any]]) -> None:
     assert read_status(site.folder / "whole")["state"] == "finished"
 
 
+@pytest.mark.slow
 def test_requeued_by_hand_and_by_the_time_limit(site: Site, undisturbed: list[dict[str, Any]]) -> None:
     """B, then A: `scontrol requeue` ends the ranks with SIGTERM; then USR2 comes to every process before the time limit, after which the script
     requeues itself. Preempted twice, the curve is that of the run that never was."""
@@ -184,6 +185,7 @@ def test_requeued_by_hand_and_by_the_time_limit(site: Site, undisturbed: list[di
     assert "restarted 2 times" in site.moetrain("status", "--run_dir", "twice")
 
 
+@pytest.mark.slow
 def test_notice_without_protection(site: Site) -> None:
     """C: the same script, but torchrun does not ignore USR2: it dies of it, on each node, and whether the ranks get to save is luck. So the
     protection is what A owes its clean end to. The job's options, too, arrive as they were written."""
@@ -206,6 +208,7 @@ def test_notice_without_protection(site: Site) -> None:
     site.cluster.run("scancel", str(job))
 
 
+@pytest.mark.slow
 def test_dead_daemon_and_cancel(site: Site) -> None:
     """E, then D: a node's slurmd is killed and the run goes on without it; `moetrain cancel` saves and ends, and nothing comes back."""
     job = site.submit("ended")
@@ -226,6 +229,7 @@ def test_dead_daemon_and_cancel(site: Site) -> None:
     assert "submit the same config again" in site.moetrain("status", "--run_dir", "ended")
 
 
+@pytest.mark.slow
 def test_dead_node(site: Site, undisturbed: list[dict[str, Any]]) -> None:
     """E2: a node and all its processes die at once. Slurm requeues the job, which waits for the node and goes on from the last checkpoint."""
     job = site.submit("node")

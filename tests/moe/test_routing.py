@@ -33,10 +33,14 @@ def test_draws_are_uniform_and_uncorrelated():
 def test_statistics():
     active = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0]], dtype=torch.bool)
     probes = torch.tensor([[0, 0, 2.0], [2.0, 0, 0], [0, 0, 0], [0, 0, 0]])
-    found = statistics(Decision(active, probes), torch.tensor([True, True, True, False]))
+    found = statistics(Decision(active, probes), TokenContext(valid=torch.tensor([True, True, True, False])))
     assert {k: v.tolist() for k, v in found.items()} == {
         "tokens": 3, "load": [1, 2, 0], "active_sq": 5, "empty": 1, "probes": 2, "dropped": 0,
     }  # fmt: skip
+    apart = TokenContext(valid=torch.tensor([True, True, True, False]), classes=torch.tensor([2, 0, 2, 0]), num_classes=3)
+    found = statistics(Decision(active, probes), apart)
+    assert found["class_tokens"].tolist() == [1, 0, 2] and found["class_load"].tolist() == [[0, 0, 0], [0, 0, 0], [1, 2, 0]]
+    assert found["load"].tolist() == [1, 2, 0]
 
 
 def test_recomputation_replays_the_first_decision():

@@ -1,0 +1,30 @@
+"""The files of a run that tell what happened in it: their names, and how their lines are read. Without torch, so that reading them starts fast."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+METRICS, EVENTS, ROUTING = "metrics.jsonl", "events.jsonl", "routing.json"
+
+
+def read_records(run_dir: Path | str) -> Iterator[dict[str, Any]]:
+    """The records of a run, in order; a torn last line (the run is alive or was killed) is left out. Raises ValueError if there is no file."""
+    path = Path(run_dir) / METRICS
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; is {run_dir} the folder of a run?")
+    with open(path, "rb") as file:
+        yield from (record for line in file if (record := parse(line)) is not None)
+
+
+def parse(line: bytes) -> dict[str, Any] | None:
+    """One line of metrics.jsonl; None if it is torn (its newline is missing: a number may be cut) or no record."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
