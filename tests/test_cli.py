@@ -113,6 +113,7 @@ def test_eval_of_the_export_is_eval_of_the_run(place: Path, monkeypatch: pytest.
     exported = json.loads((place / "figures/exported.json").read_text())
     assert run["model"].endswith("step-00000004") and exported["model"] == "exported" and run["num_experts"] == exported["num_experts"] == 4
     a, b = run["sets"]["text"], exported["sets"]["text"]
+    assert a.pop("load_by_layer") == b.pop("load_by_layer")
     assert a.pop("active_by_layer") == pytest.approx(b.pop("active_by_layer"), rel=1e-6) and a == pytest.approx(b, rel=1e-6)
     assert 1 < a["perplexity"] < 259 and 0 < a["active"] <= 4
     assert a["params"] == read_config("exported").num_params() > a["active_params"]
