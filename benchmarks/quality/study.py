@@ -27,7 +27,7 @@ import torch
 
 SIZES: dict[str, dict[str, Any]] = {
     "quick": dict(hidden_size=96, num_layers=3, heads=3, base_steps=200, steps=80, batch=16, seeds=[1]),
-    "small": dict(hidden_size=128, num_layers=4, heads=4, base_steps=800, steps=250, batch=16, seeds=[1, 2]),
+    "small": dict(hidden_size=128, num_layers=4, heads=4, base_steps=800, steps=160, batch=16, seeds=[1, 2]),
     "full": dict(hidden_size=256, num_layers=4, heads=4, base_steps=1000, steps=500, batch=32, seeds=[1, 2]),
 }
 SEQUENCE = 256
