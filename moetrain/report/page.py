@@ -281,7 +281,7 @@ def _events(run: Run) -> Part:
         return "events", "Events", "<p>None.</p>" if run.records else ""
     shown = [e for e in run.events if e["event"] != "checkpoint"]
     saved = [e for e in run.events if e["event"] == "checkpoint"]
-    content = f"<p>{len(saved)} checkpoints" + (f", the last at step {text(saved[-1].get('step'))}" if saved else "") + ".</p>"
+    content = f"<p>Checkpoints: {len(saved)}" + (f", the last at step {text(saved[-1].get('step'))}" if saved else "") + ".</p>"
     if shown:
         rows = []
         for event in shown[-_EVENT_ROWS:]:
