@@ -42,7 +42,7 @@ RECIPES: dict[str, tuple[float, dict[str, Any] | RouterOptions | None]] = {
     ),
     "base_layers": (4.344, BaseLayersRouter()),
     "expert_choice": (5.514, ExpertChoiceRouter()),
-    "post_moe": (70.35, LanguageFamilyRouter(languages={name: i for i, name in enumerate("ar de en es fr hi it ja ko pt ru zh".split())})),
+    "post_moe": (12.1, LanguageFamilyRouter(languages={name: i for i, name in enumerate("ar de en es fr hi it ja ko pt ru zh".split())})),
     "hash": (9.816, HashRouter(frequencies="data/corpus.counts.json")),
     "openmoe": (9.305, dict(top_k=2, capacity_factor=2.0, z_coef=1e-4)),
     "remoe": (0.757, dict(type="remoe", target_active=1.0, sparsity_coef=1e-8, controller_factor=1.2, load_weighted=True, init_std=0.01)),
