@@ -221,7 +221,7 @@ CASES: list[tuple[str, Callable[[Path], None], tuple[str, ...]]] = [
     (SMALL, none, ("data.train: no source to train on",)),
     (TRAIN + " --train.global_batch_size 15", none, ("train.global_batch_size (15)", "multiple of train.micro_batch_size (8)")),
     (TRAIN + " --parallel.ep 3", none, ("model.moe.num_experts (8) must be a multiple of parallel.ep (3); nearest: 2",)),
-    (TRAIN + " --model.moe.router {type: topk, top_k: 9}", none, ("model.moe.router.top_k (9) is more than model.moe.num_experts (8)",)),
+    (TRAIN + " --model.moe.router {type: topk, top_k: 9}", none, ("model.moe.router.top_k (9) is more than num_experts (8)",)),
     (TRAIN + " --data.seq_len 65", none, ("data.seq_len (65) is more than model.max_position_embeddings (64)",)),
     (TRAIN + " --train.schedule.warmup_steps 5", none, ("train.schedule.warmup_steps (5) is more than train.steps (4)",)),
     (TRAIN + " --train.eval_every 2", none, ("train.eval_every (2) needs at least one set in data.eval",)),
