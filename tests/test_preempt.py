@@ -144,8 +144,8 @@ def test_signalled_run_goes_on_bit_for_bit(ranks: int, tmp_path: Path) -> None:
         time.sleep(0.002 if ranks == 1 else 0.05)
     said = process.communicate(timeout=600)[0]
     status = preempt.read_status(tmp_path / "told")
-    # torchrun that was told to end says so by its own status; the ranks ended well.
-    assert process.returncode == (0 if ranks == 1 else 1), said
+    # torchrun that was told to end says so by its own status, or dies of a signal that comes while it ends; the ranks ended well.
+    assert process.returncode in ((0,) if ranks == 1 else (1, -signal.SIGTERM)), said
     assert status["state"] == "preempted" and status["signal"] == sent.name[3:] and 12 <= status["step"] < count, said
     assert f"{sent.name[3:]}: saved at step {status['step']} of {count}" in said
     checkpoints = tmp_path / "told" / "checkpoints"
