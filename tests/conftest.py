@@ -1,0 +1,18 @@
+"""What every test leaves as it found it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """A run inside the test's own process listens to signals, and ignores them once it has ended, as processes that are about to exit should;
+    what the next test starts would inherit that, and a shell can't trap what was ignored when it began."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
