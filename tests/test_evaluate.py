@@ -51,20 +51,23 @@ def test_equals_a_plain_loop_on_any_number_of_ranks(data, tmp_path):
     dataset = EvalSet("held out", data / "c", config.data.seq_len)
     total, tokens, routes = 0.0, 0, 0.0
     kinds, by_kind = TokenKinds(ByteTokenizer(), 50, torch.device("cpu")), {}
+    decided: list[torch.Tensor] = []
+    for layer in model.layers:
+        layer.ffn.router.register_forward_hook(lambda _, inputs, routing: decided.append(routing.decision.active))
     for i in range(len(dataset)):
         sample = dataset[i]
         inputs = {k: torch.from_numpy(np.array(getattr(sample, k)))[None] for k in ("tokens", "positions", "document_ids")}
         logits = model(**inputs).logits[0]
         loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(sample.labels), ignore_index=IGNORE, reduction="sum")
         total, tokens = total + loss.item(), tokens + int((sample.labels != IGNORE).sum())
-        # The routes of one kind of token are those that are left when all other tokens are padding: this router looks at each token alone.
-        of = kinds.of(inputs["tokens"], inputs["positions"])[0].numpy()
+        decided.clear()
+        labelled = torch.from_numpy(sample.labels != IGNORE)
+        model(**inputs, context=TokenContext(valid=labelled))
+        of = kinds.of(inputs["tokens"], inputs["positions"])[0]
         for kind, name in enumerate(KINDS):
-            valid = torch.from_numpy((sample.labels != IGNORE) & (of == kind))
-            reports = model(**inputs, context=TokenContext(valid=valid)).reports
-            loads = by_kind.setdefault(name, [0, torch.zeros(len(reports), 8)])
-            loads[0] += int(valid.sum())
-            loads[1] += torch.stack([r.stats["load"].float() for r in reports])
+            loads = by_kind.setdefault(name, [0, torch.zeros(len(decided), 8)])
+            loads[0] += int((labelled & (of == kind)).sum())
+            loads[1] += torch.stack([active[of == kind].sum(0) for active in decided])
     for layout in ((1, 1, 1), (1, 1, 2), (1, 2, 2)):
         world = math.prod(layout)
         ranks = make_config(data, "exact", layout, run_dir=str(tmp_path / str(layout)))
