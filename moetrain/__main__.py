@@ -1,7 +1,5 @@
 """`python -m moetrain`, and `torchrun -m moetrain`."""
 
-import sys
+from moetrain.cli import program
 
-from moetrain.cli import main
-
-sys.exit(main())
+program()

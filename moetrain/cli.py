@@ -5,6 +5,7 @@ Exit status: 0; 1 for a run that failed; 2 for wrong input, with a line that say
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import importlib.util
 import os
@@ -12,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal, NoReturn, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -71,6 +72,22 @@ COMMANDS = {
         "moetrain doctor",
     ),
 }
+
+
+def program() -> NoReturn:
+    """`main` as a process of its own: ends it with its status.
+
+    gloo's worker threads hold the tensors of the last collective for a moment after its end, and need the interpreter to let them go. One that
+    comes too late, when the interpreter is being taken down, aborts the process, and the launcher takes a run that is done and saved for a
+    failed one. So a rank ends without taking it down, after what others have registered for the end.
+    """
+    status = main()
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(status)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""What every test leaves as it found it."""
+"""What every test leaves as it found it, and how random examples are drawn."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+# CI draws the same examples each time: what it says is about the change. `--hypothesis-profile random` looks for what nobody has thought of.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("random")
+settings.load_profile("same")
 
 
 @pytest.fixture(autouse=True)

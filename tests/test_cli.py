@@ -290,3 +290,16 @@ def test_doctor(place: Path) -> None:
     """As a program, for programs. (Its report for people is tested with its module.)"""
     facts = json.loads(moetrain(place, "doctor", "--json"))
     assert facts["moetrain"] == __version__ and "CPU" in facts["extension"]["devices"] and facts["uses"]["attention"]
+
+
+def test_a_rank_ends_without_taking_the_interpreter_down(tmp_path: Path) -> None:
+    """With its own status, after what was registered for the end and with all that was printed; a process alone ends as always."""
+    code = (
+        "import atexit, moetrain.cli as cli\n"
+        "class Held:\n    def __del__(self): print('taken down')\n"
+        "held = Held()\natexit.register(print, 'registered')\ncli.main = lambda: 3\nprint('printed')\ncli.program()"
+    )
+    for world, last in (("2", ""), ("1", "taken down\n")):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": world}
+        done = subprocess.run([*PYTHON, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+        assert (done.returncode, done.stdout) == (3, f"printed\nregistered\n{last}"), done.stderr

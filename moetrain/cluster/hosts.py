@@ -13,7 +13,7 @@ from moetrain.config import ConfigError
 
 _END = "END_OF_NODE"
 
-_WATCH = r"""pids=() stopping=0
+_WATCH = r"""nodes=() others=() stopping=0 code=0
 # ssh without a terminal hands no signal on, so each node has left the process number of its launcher.
 stop() {
     [ "$stopping" -eq 0 ] || return 0
@@ -21,23 +21,26 @@ stop() {
     for i in "${!hosts[@]}"; do
         printf 'for _ in {1..30}; do read -r pid < %q && kill -TERM "$pid" && break; sleep 1; done\n' "$folder/node-$i.pid" |
             "${ssh[@]}" "${hosts[i]}" bash -s 2>/dev/null &
-        pids+=("$!")
+        others+=("$!")
     done
 }
 trap stop TERM INT HUP
 rm -f -- "$folder"/node-*.pid
 for i in "${!hosts[@]}"; do
     node "$i" &
-    pids+=("$!")
+    nodes[i]=$!
 done
-# The first that fails ends the others: they would wait for it.
-while [ -n "$(jobs -rp)" ]; do
-    wait -n || stop
+# The first that fails ends the others: they would wait for it. (`wait -n` does not see one that has ended before it is called.)
+while [ "${#nodes[@]}" -gt 0 ]; do
+    for i in "${!nodes[@]}"; do
+        kill -0 "${nodes[i]}" 2>/dev/null && continue
+        wait "${nodes[i]}" || { code=$?; echo "moetrain: host ${hosts[i]} ended with status $code" >&2; stop; }
+        unset "nodes[i]"
+    done
+    sleep 1 &
+    wait "$!" # not `sleep 1` alone: a trap waits for that
 done
-code=0
-for i in "${!hosts[@]}"; do
-    wait "${pids[i]}" || { code=$?; echo "moetrain: host ${hosts[i]} ended with status $code" >&2; }
-done
+[ "${#others[@]}" -eq 0 ] || wait "${others[@]}"
 exit "$code"
 """
 
@@ -80,6 +83,8 @@ def render(cluster: ClusterConfig, job: Job) -> str:
     if cluster.preflight:
         lines += [f"{torchrun} --rdzv-id preflight --max-restarts 0 {quoted(preflight_words(job.config_file))} </dev/null || exit"]
     lines += [
+        # bash forgets a signal that comes between its trap's mark and exec; without the trap the signal ends it.
+        "trap - TERM",
         f"exec {torchrun} --rdzv-id moetrain --max-restarts {cluster.max_restarts} {quoted(train_words(job.config_file))} </dev/null",
         _END,
         '    } | "${ssh[@]}" "${hosts[$1]}" bash -s',

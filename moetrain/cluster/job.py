@@ -53,8 +53,9 @@ def job_name(run_dir: str) -> str:
 
 
 def quote(word: str) -> str:
-    """One word of shell. As shlex.quote, and with a word that has `=` quoted, which in an array would name an element."""
-    return shlex.quote(word) if "=" not in word else "'" + word.replace("'", "'\"'\"'") + "'"
+    """One word of shell. As shlex.quote, and with a word quoted that has `=`, which in an array would name an element, or `,`, which there looks
+    like a mistake to shellcheck."""
+    return "'" + word.replace("'", "'\"'\"'") + "'" if set(word) & {"=", ","} else shlex.quote(word)
 
 
 def quoted(words: list[str]) -> str:

@@ -12,13 +12,14 @@ from pathlib import Path
 # What scripts need that does nothing by itself.
 _TOOLS = ("bash", "cat", "grep", "head", "rm", "tr")
 
-_RECORD = """#!/bin/bash
-printf '%s\\0' "${0##*/}" "$@" $'\\n' >>"$RECORD"
+# A file for each call: programs run side by side. Named by the time, so that sorting gives the order.
+RECORD = """#!/bin/bash
+printf '%s\\0' "${0##*/}" "$@" >"$RECORD/$EPOCHREALTIME-$$"
 """
 
 # Stands for python -m torch.distributed.run ...; the run (the words `moetrain train`) is preempted when STATUS names a file.
 _PYTHON = (
-    _RECORD
+    RECORD
     + """case " $* " in *" moetrain train "*)
     [ -z "${STATUS:-}" ] || printf '%s\\n' '{"state": "preempted", "steps_done": 3, "x": 0}' >"$STATUS" ;;
 esac
@@ -28,20 +29,20 @@ printf '%s' "${VALUE-unset}" >"$PLACE/value"
 
 # Runs what it is given on a node, as the real ones do.
 _SRUN = (
-    _RECORD
+    RECORD
     + """while [ "${1#--}" != "$1" ]; do shift; done
 case "$1" in hostname) echo '::1 10.0.0.7 10.0.0.8' ;; *) SLURM_NODEID=0 exec "$@" ;; esac
 """
 )
 _SSH = (
-    _RECORD
+    RECORD
     + """while [ "$1" != -- ]; do shift 2; done
 shift 2
 exec "$@"
 """
 )
 _SCONTROL = (
-    _RECORD
+    RECORD
     + """case "$1" in show) printf 'n1\\nn2\\n' ;; esac
 """
 )
@@ -73,7 +74,7 @@ class Stage:
         self.bin.mkdir(parents=True)
         for name in _TOOLS:
             (self.bin / name).symlink_to(str(shutil.which(name)))
-        scripts = {"srun": _SRUN, "ssh": _SSH, "scontrol": _SCONTROL, "timeout": _TIMEOUT, "module": _RECORD, "sleep": "#!/bin/bash\n"}
+        scripts = {"srun": _SRUN, "ssh": _SSH, "scontrol": _SCONTROL, "timeout": _TIMEOUT, "module": RECORD, "sleep": "#!/bin/bash\n"}
         for name, text in scripts.items():
             self.program(self.bin / name, text)
 
@@ -84,17 +85,17 @@ class Stage:
     def play(self, words: list[str], **environment: str) -> Played:
         """Run it. A program that is none of the stand-ins is an error of the script's."""
         record = self.place / "record"
-        record.unlink(missing_ok=True)
+        record.mkdir()
         (self.place / "value").unlink(missing_ok=True)
         surroundings = {
             "PATH": str(self.bin), "RECORD": str(record), "PLACE": str(self.place), "SLURM_JOB_ID": "20005", "SLURM_JOB_NODELIST": "n[1-2]",
             # bash calls this function for a command that it does not find.
-            "BASH_FUNC_command_not_found_handle%%": '() { printf "%s\\0" UNKNOWN "$@" >>"$RECORD"; printf "\\n\\0" >>"$RECORD"; }',
+            "BASH_FUNC_command_not_found_handle%%": '() { printf "%s\\0" UNKNOWN "$@" >"$RECORD/$EPOCHREALTIME-$BASHPID"; }',
             **environment,
         }  # fmt: skip
         done = subprocess.run(words, env=surroundings, cwd=self.place, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
-        raw = record.read_bytes() if record.exists() else b""
-        calls = [[w.decode() for w in call.split(b"\0")[:-1]] for call in raw.split(b"\n\0") if call]
+        calls = [[w.decode() for w in call.read_bytes().split(b"\0")[:-1]] for call in sorted(record.iterdir())]
+        shutil.rmtree(record)
         value = (self.place / "value").read_text() if (self.place / "value").exists() else ""
         return Played(calls, done.returncode, done.stdout + done.stderr, value)
 

@@ -20,7 +20,7 @@ from moetrain.cluster import hosts, kubernetes, local, slurm
 from moetrain.cluster.job import LINT, Job, job_name
 from moetrain.cluster.options import ClusterConfig, ClusterFile, check, load_cluster
 from moetrain.config import ConfigError
-from tests.cluster.shell import Stage, shellcheck
+from tests.cluster.shell import RECORD, Stage, shellcheck
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDENS = Path(__file__).parent / "goldens"
@@ -355,7 +355,7 @@ def test_slurm_restarts_have_names_of_their_own(tmp_path: Path) -> None:
 
 
 def stage_python(status: Path, text: str) -> str:
-    return f"#!/bin/bash\nprintf '%s\\0' python \"$@\" >>\"$RECORD\"; printf '\\n\\0' >>\"$RECORD\"\nprintf '%s\\n' '{text}' >'{status}'\n"
+    return f"{RECORD}printf '%s\\n' '{text}' >'{status}'\n"
 
 
 @drawn
@@ -407,19 +407,19 @@ def test_kubernetes_runs_no_name(tmp_path: Path, counter: Any, texts: list[str],
         "image": texts[1], "claims": [{"claim": "training", "path": f"/data/{texts[2]}"}], "workdir": f"/data/{texts[2]}",
         "node_selector": {"a": texts[3]}, "tolerations": [{"key": texts[4], "value": texts[5]}], "cpus_per_node": 4,
     }  # fmt: skip
-    job = Job("moe", options["workdir"], texts[0], "/x", f"a: {json.dumps(texts[0])}\n", str(python))
+    job = Job("moe", options["workdir"], f"runs/{texts[0]}", "/x", f"a: {json.dumps(texts[0])}\n", str(python))
     text = render({"environment": {"VALUE": texts[0]}, "kubernetes": options}, job)
     documents = list(yaml.safe_load_all(text))
     assert documents[0]["data"]["config.yaml"] == job.config
     before = {p for p in place.rglob("*")}
     played, container = play_pod(stage, text, 1, HOME="/root")
     assert not played.of("UNKNOWN") and {c[0] for c in played.calls} == {python.name} and played.value == texts[0], played.said
-    assert {p.name for p in place.rglob("*") if p not in before} == {"record", "value"}
+    assert {p.name for p in place.rglob("*") if p not in before} == {"value"}
     spec = pod_spec(documents[-1])
     assert container["image"] == texts[1] and container["workingDir"] == options["workdir"] == container["volumeMounts"][-1]["mountPath"]
     assert spec["nodeSelector"] == {"a": texts[3]} and spec["tolerations"] == [{"key": texts[4], "operator": "Equal", "value": texts[5]}]
     status = next(e["value"] for e in container["env"] if e["name"] == "MOETRAIN_STATUS")
-    assert expand(status, {}) == f"{texts[0]}/status.json"
+    assert expand(status, {}) == f"runs/{texts[0]}/status.json"
 
 
 @pytest.mark.parametrize("kind", RENDER)
