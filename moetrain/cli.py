@@ -153,7 +153,7 @@ def _main(words: list[str]) -> int:
     if command == "bench":
         from moetrain.bench.main import main as bench
 
-        return bench(words)
+        return bench(words, lambda rest: _read("train", rest))
     if command in ("submit", "status", "cancel", "logs"):
         from moetrain import submit
 

@@ -241,18 +241,16 @@ def initial_tensor(name: str, shape: Sequence[int], config: ModelConfig, seed: i
     A function of name, shape, config and seed alone, so every layout of ranks starts from the same weights. Norms are 1, biases 0 (the
     router's: `bias_init`), the weights of a router's noise and its own statistics 0, matrices normal; what writes into the residual stream is
     divided by sqrt(2 * num_layers) (GPT-2; with Finedeep's M sub-layers (1 + M) * num_layers). A router may say
-    otherwise (`routers.start_value`, its options' `start_values` and `ORTHOGONAL`).
+    otherwise (`routers.start_value`).
     """
-    value = start_value(config, name, shape)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    value = start_value(config, name, shape, generator)
     if value is not None:
         return value
     if name.endswith("norm.weight") or ".norms." in name:
         return torch.ones(*shape, device="cpu")
     router = None if config.moe is None or ".router." not in name else config.moe.router
-    if router is not None and config.moe is not None:
-        start = router.start_values(config.moe.num_experts).get(name.rpartition(".")[2])
-        if start is not None:
-            return torch.tensor(start, dtype=torch.float32, device="cpu").expand(tuple(shape)).contiguous()
     if name.endswith((".selection_bias", ".noise", ".cut")):
         return torch.zeros(*shape, device="cpu")
     if name.endswith(".bias"):
@@ -265,12 +263,7 @@ def initial_tensor(name: str, shape: Sequence[int], config: ModelConfig, seed: i
         # So many summands of a layer go into the stream.
         writes = 2 if config.finedeep is None else 1 + config.finedeep.sublayers
         std /= math.sqrt(writes * config.num_layers)
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    tensor = torch.empty(tuple(shape), device="cpu")
-    if router is not None and router.ORTHOGONAL and name.endswith("router.weight"):
-        return nn.init.orthogonal_(tensor, generator=generator)
-    return tensor.normal_(0, std, generator=generator)
+    return torch.empty(tuple(shape), device="cpu").normal_(0, std, generator=generator)
 
 
 @torch.no_grad()

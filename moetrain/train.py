@@ -323,7 +323,7 @@ class Trainer:
         if totals.mean_active is not None and good:
             self.mean_active = totals.mean_active
             if self.controller is not None:
-                self.controller.update(totals.moe["active"])
+                self.controller.update(totals.moe["active"], totals.sums)
         if with_load:
             record["load"] = relative_load(totals.loads)
         if with_load and self.keep_routing and self.rank == 0:

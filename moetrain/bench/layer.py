@@ -8,7 +8,7 @@ import torch
 
 from moetrain.bench import measure
 from moetrain.bench.measure import Table
-from moetrain.bench.rivals import RIVALS, Contestant, Problem, Shape, Unavailable, dense, make, ours
+from moetrain.bench.rivals import RIVALS, Contestant, Problem, Shape, Unavailable, dense, loop, make, ours
 from moetrain.config import ConfigError
 
 SHAPES = {
@@ -19,7 +19,7 @@ SHAPES = {
 }
 ROUTINGS = ("router", "balanced", "skew")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-OURS, DENSE = "moetrain", "dense limit"
+OURS, LOOP, DENSE = "moetrain", "moetrain, loop", "dense limit"
 _COLUMNS = [
     "shape T,D,F,E,k", "dtype", "routing", "layer", "ms", "spread %", "GFLOP/s", "of dense", "of GEMM peak", "kept / bound", "peak / bound",
 ]  # fmt: skip
@@ -97,7 +97,7 @@ def _row(problem: Problem, routing: str, rounds: int, rivals: bool, peak: float,
     # A multiple of 16 keeps the limit on its fast path; the rates are compared, not the times.
     width = max(16, round(routes / shape.tokens * shape.expert_dim / 16) * 16)
     contestants: dict[str, Contestant] = {DENSE: dense(problem, width), OURS: ours(problem)}
-    for name, build in RIVALS.items() if rivals else ():
+    for name, build in ({LOOP: loop} | (RIVALS if rivals else {})).items():
         try:
             contestants[name] = build(problem)
         except Unavailable as reason:
@@ -105,7 +105,7 @@ def _row(problem: Problem, routing: str, rounds: int, rivals: bool, peak: float,
     work = {name: 18 * shape.hidden * shape.expert_dim * routes for name in contestants}
     work[DENSE] = 18 * shape.hidden * width * shape.tokens
     for name, contestant in contestants.items():
-        if shape.variable and name not in (DENSE, OURS):
+        if shape.variable and name not in (DENSE, OURS, LOOP):
             work[name] = 18 * shape.hidden * shape.expert_dim * shape.tokens * shape.k
             missing.setdefault(name, set()).add(contestant.note)
     timings = measure.interleave({n: c.step for n, c in contestants.items()}, DENSE, rounds)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from moetrain.config import ConfigError
+from moetrain.config import Config, ConfigError
 
 SUBJECTS = {
     "layer": "one sparse layer against the dense FFN of the same FLOPs and every rival that is installed",
+    "dispatch": "rows to the ranks of their experts and back, against the exchange alone and a row for each route",
+    "train": "where the time of a config's training step goes; takes the words of moetrain train, under its launchers as well",
     "kernels": "each operator as a share of what this machine's memory or arithmetic allows",
 }
 
@@ -40,17 +42,21 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS), metavar="ROUTING", help=routings)
     parse.add_argument("--rounds", type=_count, default=9, help="how often each contestant runs (default 9)")
     parse.add_argument("--threads", type=_count, help="threads of every contestant (default: torch's)")
+    parse.add_argument("--ranks", type=_count, default=2, help="dispatch only: processes on this machine (default 2)")
     parse.add_argument("--no-rivals", action="store_true", help="only our layer and the dense limit")
     parse.add_argument("--json", metavar="FILE", help="write tables, machine and versions")
     parse.add_argument("--plot", metavar="FILE", help="layer only: draw the shares (needs matplotlib)")
     return parse
 
 
-def main(words: Sequence[str]) -> int:
-    options = parser().parse_args(list(words))
+def main(words: Sequence[str], read: Callable[[list[str]], Config]) -> int:
+    """read: gives the config that the words of `moetrain train` say."""
+    options, others = parser().parse_known_args(list(words))
+    if others and options.subject != "train":
+        raise ConfigError(f"bench: unrecognized arguments: {' '.join(others)}; see moetrain bench --help")
     import torch
 
-    from moetrain.bench import kernels, layer, measure
+    from moetrain.bench import dispatch, kernels, layer, measure, train
 
     if options.plot and options.subject != "layer":
         raise ConfigError(f"bench: --plot draws the subject layer, not {options.subject}; use --json")
@@ -60,6 +66,12 @@ def main(words: Sequence[str]) -> int:
     dtypes = [layer.DTYPES[word] for word in options.dtypes]
     if options.subject == "layer":
         tables = layer.run(shapes, dtypes, options.routings, options.rounds, not options.no_rivals)
+    elif options.subject == "dispatch":
+        tables = dispatch.run(shapes, dtypes, options.routings, options.rounds, options.ranks)
+    elif options.subject == "train":
+        tables = train.run(read(others), options.rounds)
+        if not tables:
+            return 0  # of another rank than 0
     else:
         tables = kernels.run(shapes, dtypes)
     print("\n\n".join("\n".join(table.lines()) for table in tables))

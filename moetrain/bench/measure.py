@@ -52,8 +52,8 @@ def clock() -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-def interleave(steps: dict[str, Step], baseline: str, rounds: int) -> dict[str, Timing]:
-    """Every step once per round, after one warm-up each."""
+def interleave(steps: dict[str, Step], baseline: str, rounds: int, now: Callable[[], float] = clock) -> dict[str, Timing]:
+    """Every step once per round, after one warm-up each. now: seconds."""
     names = list(steps)
     for name in names:
         steps[name]()
@@ -65,9 +65,9 @@ def interleave(steps: dict[str, Step], baseline: str, rounds: int) -> dict[str, 
             gc.collect()
             shift = turn % len(names)
             for name in names[shift:] + names[:shift]:
-                start = clock()
+                start = now()
                 steps[name]()
-                seconds[name].append(clock() - start)
+                seconds[name].append(now() - start)
     finally:
         if collecting:
             gc.enable()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
+from moetrain import ops
 from moetrain.bench.measure import Step
 from moetrain.config import ModelConfig, MoEConfig, SigmoidSteRouter, TopKRouter
 from moetrain.moe.dispatch import LocalDispatcher
@@ -145,6 +146,25 @@ def ours(problem: Problem, ste: str = "off", probe_rate: float = 0.25) -> Contes
         return dispatcher.combine(experts(work), plan)
 
     return _contestant(forward, x, [experts.gate_up, experts.down, weights], problem.grad)
+
+
+def loop(problem: Problem) -> Contestant:
+    """Ours as it is where the CPU's fused block does not exist: rows gathered, a GEMM per expert, rows added up."""
+    if not ops.has_experts(problem.x.device, problem.x.dtype):
+        raise Unavailable("is what ours does here")
+    fused, whole = ops.has_experts, ours(problem)
+
+    def without_block(call: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            ops.has_experts = lambda device, dtype: False
+            try:
+                return call()
+            finally:
+                ops.has_experts = fused
+
+        return run
+
+    return Contestant(without_block(whole.forward), without_block(whole.step))
 
 
 def _config(shape: Shape, ste: str, probe_rate: float) -> ModelConfig:

@@ -5,7 +5,6 @@ A router is one section here, or in a file of the user's (docs/routers.md), and 
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, GetCoreSchemaHandler
@@ -32,9 +31,6 @@ class RouterOptions(Section):
 
     TRAINING: ClassVar[frozenset[str]] = frozenset({"init_std", "bias_init"})
     """Options that say how the model is trained and not what it computes: they may change when a run goes on."""
-    ORTHOGONAL: ClassVar[bool] = False
-    """The experts' rows start orthogonal to each other, with norm 1, instead of normal."""
-
     ROW_PER_EXPERT: ClassVar[bool] = True
     """Every parameter has a row for each expert, so that virtual groups can repeat them."""
 
@@ -44,10 +40,6 @@ class RouterOptions(Section):
 
     def coefficients(self) -> dict[str, float]:
         """Loss that the router reports -> its coefficient (the start value, where a controller moves it)."""
-        return {}
-
-    def start_values(self, num_experts: int) -> dict[str, float | list[float]]:
-        """The router's parameter -> its start value, one for all entries or one for each along dim 0; those that are not named are drawn."""
         return {}
 
     def num_params(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
@@ -120,7 +112,7 @@ class BudgetOptions(RouterOptions):
         if self.target_active is not None:
             if self.target_active > num_experts:
                 bad.append(f".target_active ({self.target_active}) is more than num_experts ({num_experts})")
-            if self.sparsity_coef == 0 and getattr(self, "hold", "coefficient") == "coefficient":
+            if self.sparsity_coef == 0:
                 bad.append(".sparsity_coef: 0 can't be adapted to hold target_active; use a small positive start such as 1e-3")
         return bad
 
@@ -148,9 +140,9 @@ class SigmoidSteRouter(BudgetOptions):
     """The count of Eq. 8 in backward: a constant (Eqs. 13-16), or straight-through like the gates."""
     sparsity_coef: NonNegativeFloat = 1.0
     """Eq. 19 has 1; the start value when `target_active` is set."""
-    hold: Literal["coefficient", "threshold"] = "coefficient"
-    """`target_active` only. What is moved to hold it: the coefficient of the sparsity loss, which closes gates but can't open them, or the
-    threshold of each layer, by which each layer holds the target, in training and, as it stands, at inference."""
+    trim: bool = True
+    """`target_active` only. Each layer's threshold moves from `threshold` by what the layer's mean takes to be the target, in training and, as it
+    stands, at inference; the coefficient goes on holding the mean that there would be at `threshold` itself."""
     sparsity_on: Literal["active", "all"] = "active"
     """Eq. 18 as printed pushes the gates above the threshold (active); `all` pushes every gate."""
     bias: bool = False
@@ -165,26 +157,19 @@ class SigmoidSteRouter(BudgetOptions):
 
     @property
     def moves_threshold(self) -> bool:
-        return self.target_active is not None and self.hold == "threshold"
-
-    def start_values(self, num_experts: int) -> dict[str, float | list[float]]:
-        return {"threshold": [math.log(self.threshold / (1 - self.threshold)), 0.0]} if self.moves_threshold else {}
+        return self.target_active is not None and self.trim
 
     def idle(self) -> set[str]:
         idle = super().idle()
-        idle |= {"hold"} if self.target_active is None else set()
-        idle |= {"controller_factor", "target_over"} if self.hold == "threshold" else set()
+        idle |= {"trim"} if self.target_active is None else set()
         idle |= set() if self.ste == "sampled" else {"probe_rate"}
         idle |= set() if self.bias else {"bias_init"}
         return idle | (set() if self.rescale == "count" else {"rescale_gradient", "rescale_in_eval"})
 
     def problems(self, num_experts: int) -> list[str]:
         bad, given = super().problems(num_experts), self.model_fields_set
-        if "hold" in given and self.target_active is None:
-            bad.append(f".hold ({self.hold}) has an effect only with target_active")
-        for name in sorted({"controller_factor", "target_over"} & given):
-            if self.moves_threshold:
-                bad.append(f".{name} ({getattr(self, name)}) has an effect only with hold: coefficient")
+        if "trim" in given and self.target_active is None:
+            bad.append(f".trim ({str(self.trim).lower()}) has an effect only with target_active")
         if "probe_rate" in given and self.ste != "sampled":
             bad.append(f".probe_rate ({self.probe_rate}) has an effect only with ste: sampled, not {self.ste}")
         if "bias_init" in given and not self.bias:
@@ -194,7 +179,7 @@ class SigmoidSteRouter(BudgetOptions):
         return bad
 
     def num_params(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
-        return num_experts * hidden_size, (num_experts if self.bias else 0) + 2 * self.moves_threshold
+        return num_experts * hidden_size, (num_experts if self.bias else 0) + self.moves_threshold
 
 
 class BudgetRouter(RouterOptions):
@@ -391,9 +376,6 @@ class XMoERouter(RouterOptions):
     def coefficients(self) -> dict[str, float]:
         return {"balance": self.balance_coef}
 
-    def start_values(self, num_experts: int) -> dict[str, float | list[float]]:
-        return {"threshold": math.log(self.threshold / (1 - self.threshold))} if self.target_active is not None else {}
-
     def num_params(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
         return num_experts * hidden_size, int(self.target_active is not None)
 
@@ -422,7 +404,6 @@ class DynMoERouter(RouterOptions):
     """Coefficient of the mean norm of the experts' rows (the paper's simplicity loss)."""
 
     TRAINING: ClassVar[frozenset[str]] = frozenset({"balance_coef", "efficiency_coef", "orthogonality_coef", "norm_coef", "record_steps"})
-    ORTHOGONAL: ClassVar[bool] = True
 
     def idle(self) -> set[str]:
         return set() if self.adapt_every is not None else {"record_steps", "start_experts"}
@@ -446,10 +427,6 @@ class DynMoERouter(RouterOptions):
         return {
             "balance": self.balance_coef, "efficiency": self.efficiency_coef, "orthogonality": self.orthogonality_coef, "norm": self.norm_coef,
         }  # fmt: skip
-
-    def start_values(self, num_experts: int) -> dict[str, float | list[float]]:
-        present = num_experts if self.start_experts is None else self.start_experts
-        return {"threshold": 0.0, "mask": [1.0] * present + [0.0] * (num_experts - present), "used": 0.0, "unrouted": 0.0, "clock": 0.0}
 
     def num_params(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
         state = 0 if self.adapt_every is None else 2 * num_experts + hidden_size + 1

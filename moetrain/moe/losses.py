@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +38,11 @@ class BudgetController:
     trends: list[float] | None = None
     """r, likewise."""
 
-    def update(self, mean_active: list[float]) -> None:
-        """After a step, with the mean routes per token of each MoE layer, over tokens and ranks."""
+    def update(self, mean_active: list[float], sums: Sequence[Mapping[str, list[float]]] = ()) -> None:
+        """After a step, with the mean routes per token of each MoE layer, over tokens and ranks; or those that a router's sums have as `nominal`
+        (with `tokens`), where it moves its threshold as well: two controllers of the same mean would pull at each other."""
+        if sums and all("nominal" in s for s in sums):
+            mean_active = [s["nominal"][0] / max(1.0, s["tokens"][0]) for s in sums]
         if len(self.coefficients) == 1:
             mean_active = [sum(mean_active) / len(mean_active)]
         (low, high), most = self.LIMITS, math.log(self.factor)
@@ -76,7 +80,7 @@ class BudgetController:
 
 def build_controller(config: ModelConfig) -> BudgetController | None:
     router = None if config.moe is None else config.moe.router
-    if not isinstance(router, BudgetOptions) or router.target_active is None or getattr(router, "hold", "coefficient") != "coefficient":
+    if not isinstance(router, BudgetOptions) or router.target_active is None:
         return None
     number = 1 if router.target_over == "model" else config.num_moe_layers
     return BudgetController("sparsity", router.target_active, router.controller_factor, [router.sparsity_coef] * number)

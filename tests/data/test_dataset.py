@@ -230,7 +230,7 @@ def test_order_is_frozen(tmp_path):
     start=st.sampled_from([0, 63, 10**6 + 7, 10**12]),
 )
 def test_shares_of_every_prefix(weights, seed, start):
-    """Every prefix holds each source within 3 samples of its share, and numbers its samples without a gap,
+    """Every prefix holds each source within 4 samples of its share, and numbers its samples without a gap,
     also far out.
     """
     shares = np.array(weights) / sum(weights)
@@ -242,7 +242,7 @@ def test_shares_of_every_prefix(weights, seed, start):
         assert number == counts[source]
         counts[source] += 1
         # 1e-12 of the share is lost to rounding.
-        assert np.abs(counts - shares * (index + 1)).max() < 3 + 1e-11 * index
+        assert np.abs(counts - shares * (index + 1)).max() < 4 + 1e-11 * index
     assert counts.tolist() == [blend.count(source, start + 200) for source in range(len(weights))]
 
 

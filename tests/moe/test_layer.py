@@ -87,7 +87,7 @@ def pair(config: ModelConfig, seed: int = 0, scale: float = 1.0, shift: float = 
         if hasattr(loop.router, "updates"):
             loop.router.updates.fill_(3)
         if hasattr(loop.router, "table"):
-            loop.router.table.copy_(start_value(config, "layers.1.ffn.router.table", loop.router.table.shape))
+            loop.router.table.copy_(start_value(config, "layers.1.ffn.router.table", loop.router.table.shape, torch.Generator()))
         if shift:
             loop.router.weight[:, 0] += shift
     ours.load_state_dict(loop.state_dict())

@@ -136,3 +136,11 @@ def test_a_controller_of_layers_comes_from_the_config():
     assert controller is not None and controller.coefficients == [0.4] * held.num_moe_layers
     controller.coefficients = [0.1 * (i + 1) for i in range(held.num_moe_layers)]
     assert coefficients(held, controller)["sparsity"] == controller.coefficients
+
+
+def test_where_a_threshold_moves_too_the_coefficient_holds_the_mean_without_that():
+    """By the routes that there would be at the option's threshold, not by those that there are."""
+    by_sums, by_means = controller_of(1.2), controller_of(1.2)
+    by_sums.update([3.0, 3.0], [{"nominal": [50.0], "tokens": [10.0]}, {"nominal": [20.0], "tokens": [10.0]}])
+    by_means.update([5.0, 2.0])
+    assert by_sums == by_means and by_sums.coefficients[0] > 1.0

@@ -294,8 +294,8 @@ class Gate(nn.Module):
         constants = options["num_constant"] if kind == "moepp" else 0
         if kind == "moepp":
             num_experts += options["num_zero"] + options["num_copy"] + constants
-        moved = options.get("target_active") is not None and (kind == "xmoe" or options.get("hold") == "threshold")
-        thresholds = num_experts if kind == "dynmoe" else int(moved) * (1 if kind == "xmoe" else 2)
+        moved = options.get("target_active") is not None and (kind == "xmoe" or options.get("trim", False))
+        thresholds = num_experts if kind == "dynmoe" else int(moved)
         self.threshold = nn.Parameter(torch.empty(thresholds)) if thresholds else None
         self.mask = nn.Parameter(torch.empty(num_experts)) if kind == "dynmoe" and options.get("adapt_every") is not None else None
         self.residual = nn.Parameter(torch.empty(num_experts, num_experts)) if kind == "moepp" and options["gating_residual"] else None
@@ -427,7 +427,7 @@ def _normalized(weights: Tensor) -> Tensor:
 
 def _sigmoid_ste(gate: Gate, options: dict, x: Tensor, known: dict) -> _Routes:
     gates = gate(x).sigmoid()
-    active = gates > (options["threshold"] if gate.threshold is None else gate.threshold[0].to(x.dtype).sigmoid())
+    active = gates > (options["threshold"] if gate.threshold is None else gate.threshold.to(x.dtype).sigmoid())
     if options["zero_routes"] == "top1":
         largest = F.one_hot(gates.argmax(-1), gates.shape[-1]).bool()
         active = active | (largest & ~active.any(-1, keepdim=True))

@@ -61,16 +61,16 @@ def build_router(config: ModelConfig, layer: int) -> nn.Module:
     return MODULES[kind](config, layer)
 
 
-def start_value(config: ModelConfig, name: str, shape: Sequence[int]) -> Tensor | None:
+def start_value(config: ModelConfig, name: str, shape: Sequence[int], generator: torch.Generator) -> Tensor | None:
     """Start value, on the CPU, of a router's parameter, by its name in the model; None: drawn or constant like any other of its kind.
 
-    A router says it by a static method start_value(config, layer, part, shape), part the parameter's name in the router.
+    A router says it by a static method start_value(config, layer, part, shape, generator), part the parameter's name in the router.
     """
     if config.moe is None or ".ffn.router." not in name:
         return None
     said = getattr(MODULES.get(type(config.moe.router)), "start_value", None)
     _, layer, _, _, part = name.split(".", 4)
-    return None if said is None else said(config, int(layer), part, tuple(shape))
+    return None if said is None else said(config, int(layer), part, tuple(shape), generator)
 
 
 def changes_after_step(model: nn.Module, loads: list[list[float]], sums: list[dict[str, list[float]]]) -> Iterator[tuple[str, Tensor]]:

@@ -39,6 +39,18 @@ class DynMoE(nn.Module):
         if self.options.adapt_every is not None:
             self.mask, self.used, self.unrouted, self.clock = (nn.Parameter(torch.empty(n), requires_grad=False) for n in (E, E, D, 1))
 
+    @staticmethod
+    def start_value(config: ModelConfig, layer: int, part: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+        """Rows orthogonal to each other, of norm 1; thresholds and records 0; the first `start_experts` slots are in use."""
+        assert config.moe is not None and isinstance(config.moe.router, DynMoERouter), "needs a dynmoe config"
+        options = config.moe.router
+        if part == "weight":
+            return nn.init.orthogonal_(torch.empty(shape, device="cpu"), generator=generator)
+        value = torch.zeros(shape, device="cpu")
+        if part == "mask":
+            value[: options.start_experts] = 1  # None: all
+        return value
+
     def forward(self, x: Tensor, context: TokenContext) -> Routing:
         """x: (T, D). Losses, layers are added (the first two are in the code and were not looked up in the paper, the last two are its
         diversity and simplicity losses): `balance`, E sum_e P_e f_e over the tokens with a route, P the mean of gate / number of routes, f the

@@ -34,7 +34,7 @@ class ExpertChoice(nn.Module):
         self.updates = nn.Parameter(torch.empty(1), requires_grad=False)
 
     @staticmethod
-    def start_value(config: ModelConfig, layer: int, part: str, shape: tuple[int, ...]) -> Tensor | None:
+    def start_value(config: ModelConfig, layer: int, part: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
         """The cut starts at the score of logits that are all equal: a model that never made a step routes about half of all pairs."""
         assert config.moe is not None and isinstance(config.moe.router, ExpertChoiceRouter), "needs an expert_choice config"
         middle = 0.5 if config.moe.router.score == "sigmoid" else 1 / config.moe.num_experts

@@ -29,7 +29,7 @@ class Hash(nn.Module):
         self.table = nn.Parameter(torch.empty(config.vocab_size, self.options.num_hashes), requires_grad=False)
 
     @staticmethod
-    def start_value(config: ModelConfig, layer: int, part: str, shape: tuple[int, ...]) -> Tensor | None:
+    def start_value(config: ModelConfig, layer: int, part: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
         """(V, k) float32. ConfigError if the file of frequencies can't be used."""
         assert config.moe is not None and isinstance(config.moe.router, HashRouter), "needs a hash config"
         options, experts = config.moe.router, config.moe.num_experts

@@ -29,7 +29,7 @@ class Nexus(nn.Module):
         self.output = nn.Parameter(torch.empty(config.hidden_size, inner))
 
     @staticmethod
-    def start_value(config: ModelConfig, layer: int, part: str, shape: tuple[int, ...]) -> Tensor | None:
+    def start_value(config: ModelConfig, layer: int, part: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
         """The domains' embeddings from their file. ConfigError if there is none, or not of this shape."""
         assert config.moe is not None and isinstance(config.moe.router, NexusRouter), "needs a nexus config"
         options = config.moe.router

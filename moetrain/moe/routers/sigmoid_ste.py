@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.config import ModelConfig, SigmoidSteRouter
-from moetrain.moe.routers.base import router_for, whole
+from moetrain.moe.routers.base import router_for
 from moetrain.moe.routing import Decision, Routing, TokenContext, recorded, token_count, uniform
-from moetrain.moe.target import OFFSETS, step_with_trend
+from moetrain.moe.target import OFFSETS, log_odds, step_to
 
 
 @router_for(SigmoidSteRouter)
@@ -33,8 +33,15 @@ class SigmoidSte(nn.Module):
         self.num_experts = config.moe.num_experts
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
         self.bias = nn.Parameter(torch.empty(self.num_experts)) if self.options.bias else None
-        # The threshold's log-odds and their trend, where it is moved to hold `target_active`.
-        self.threshold = nn.Parameter(torch.empty(2), requires_grad=False) if self.options.moves_threshold else None
+        # The threshold's log-odds, where it is moved to hold `target_active`.
+        self.threshold = nn.Parameter(torch.empty(1), requires_grad=False) if self.options.moves_threshold else None
+
+    @staticmethod
+    def start_value(config: ModelConfig, layer: int, part: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+        """The threshold's log-odds as the options have it."""
+        assert config.moe is not None and isinstance(config.moe.router, SigmoidSteRouter), "needs a sigmoid_ste config"
+        options = config.moe.router
+        return torch.tensor([log_odds(options.threshold)], device="cpu") if part == "threshold" else None
 
     def forward(self, x: Tensor, context: TokenContext) -> Routing:
         """x: (T, D). Losses: `sparsity`, Eq. 19: the mean over tokens, experts and layers of the open gates."""
@@ -46,23 +53,24 @@ class SigmoidSte(nn.Module):
 
     def cut(self, gates: Tensor) -> Tensor | float:
         """tau: a gate routes when it is strictly above."""
-        return self.options.threshold if self.threshold is None else torch.sigmoid(self.threshold.detach()[0].to(gates.dtype))
+        return self.options.threshold if self.threshold is None else torch.sigmoid(self.threshold.detach().to(gates.dtype))
 
     def trials(self, gates: Tensor, context: TokenContext) -> dict[str, Tensor]:
-        """For `after_step`: routes that there would be with the threshold moved by each of OFFSETS, and tokens."""
+        """Routes that there would be with the threshold moved by each of OFFSETS, for `after_step`, and with it where the options have it
+        (`nominal`), for the controller of the coefficient; tokens."""
         if self.threshold is None or not self.training:
             return {}
         real = torch.ones_like(gates[:, 0], dtype=torch.bool) if context.valid is None else context.valid
-        cuts = torch.sigmoid(self.threshold.detach()[0].to(gates.dtype) + gates.new_tensor(OFFSETS))
+        cuts = torch.sigmoid(self.threshold.detach().to(gates.dtype) + gates.new_tensor(OFFSETS))
         routes = ((gates.detach()[..., None] > cuts) & real[:, None, None]).sum((0, 1), dtype=torch.float64)
-        return {"routes": routes, "tokens": real.sum(dtype=torch.float64)}
+        nominal = ((gates.detach() > self.options.threshold) & real[:, None]).sum(dtype=torch.float64)
+        return {"routes": routes, "nominal": nominal, "tokens": real.sum(dtype=torch.float64)}
 
     def after_step(self, load: Tensor, sums: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """sums: as `trials` made them, over the step and all ranks."""
         if self.threshold is not None and sums["tokens"] > 0:
             assert self.options.target_active is not None, "a threshold is moved for a target"
-            means, trend = (sums["routes"] / sums["tokens"]).tolist(), whole(self.threshold)[1].item()
-            yield "threshold", step_with_trend(means, self.options.target_active, trend)
+            yield "threshold", step_to((sums["routes"] / sums["tokens"]).tolist(), self.options.target_active)
 
     def decide(self, gates: Tensor, context: TokenContext) -> Decision:
         active = gates > self.cut(gates)
@@ -92,7 +100,8 @@ class SigmoidSte(nn.Module):
             if options.rescale_gradient == "straight_through":
                 count = count + straight.sum(-1, keepdim=True)
             weights = weights * (self.num_experts / count)
-        pushed = gates if options.sparsity_on == "all" else gates * (gates.detach() > self.cut(gates))
+        # Those that `nominal` counts: the loss would not close a gate between the threshold and a cut above it, and push those above without end.
+        pushed = gates if options.sparsity_on == "all" else gates * (gates.detach() > options.threshold)
         if context.valid is not None:
             pushed = pushed * context.valid[:, None]
         sparsity = pushed.sum() / (token_count(context, gates) * self.num_experts * self.num_layers)

@@ -13,7 +13,7 @@ from moetrain.moe.balance import product_of_shares
 from moetrain.moe.capacity import within_capacity
 from moetrain.moe.routers.base import router_for
 from moetrain.moe.routing import Decision, Routing, TokenContext, group_sum, recorded, shares, token_count
-from moetrain.moe.target import OFFSETS, step_to
+from moetrain.moe.target import OFFSETS, log_odds, step_to
 
 
 @router_for(XMoERouter)
@@ -32,6 +32,13 @@ class XMoE(nn.Module):
         self.options, self.num_experts = config.moe.router, config.moe.num_experts
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
         self.threshold = nn.Parameter(torch.empty(1), requires_grad=False) if self.options.target_active is not None else None
+
+    @staticmethod
+    def start_value(config: ModelConfig, layer: int, part: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+        """The threshold's log-odds as the options have it."""
+        assert config.moe is not None and isinstance(config.moe.router, XMoERouter), "needs an xmoe config"
+        options = config.moe.router
+        return torch.tensor([log_odds(options.threshold)], device="cpu") if part == "threshold" else None
 
     def forward(self, x: Tensor, context: TokenContext) -> Routing:
         """x: (T, D). Losses, layers are added: `balance`, E sum_e f_e P_e, f the share of the first choices (the authors' code). Capacity acts

@@ -23,7 +23,7 @@ def config_of(vocab_size: int = 1000, experts: int = 8, **options) -> ModelConfi
 
 def table(config: ModelConfig, layer: int = 0) -> torch.Tensor:
     shape = (config.vocab_size, config.moe.router.num_hashes)
-    found = start_value(config, f"layers.{layer}.ffn.router.table", shape)
+    found = start_value(config, f"layers.{layer}.ffn.router.table", shape, torch.Generator())
     assert torch.equal(found, initial_tensor(f"layers.{layer}.ffn.router.table", shape, config, 5))
     assert found.dtype == torch.float32 and found.shape == shape
     return found

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from moetrain.config import SigmoidSteRouter
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.routing import TokenContext
+from moetrain.moe.target import OFFSETS
 from tests.moe.test_layer import model_config, pair
 
 
@@ -103,3 +106,23 @@ def test_evaluation_has_no_probes_and_the_same_output():
     assert report_eval.stats["probes"] == 0 and torch.equal(y, y_eval)
     plain, _, _ = layer_and_input(SigmoidSteRouter(rescale_in_eval=False))
     assert not torch.equal(plain.eval()(x, TokenContext(), x)[0], y)
+
+
+def test_the_moved_threshold():
+    """What is counted at it and at the options' own, which gates the sparsity loss presses, and that evaluation keeps it."""
+    router = SigmoidSteRouter(target_active=2.0, threshold=0.4)
+    ours, x, _ = layer_and_input(router, 50)
+    ours.router.threshold.data.fill_(0.3)  # log-odds
+    gates = torch.sigmoid(x @ ours.router.weight.T)
+    valid = torch.arange(50) % 7 != 0
+    routing = ours.router(x, TokenContext(valid=valid))
+    assert torch.equal(routing.decision.active, (gates > 1 / (1 + math.exp(-0.3))) & valid[:, None])
+    nominal = (gates > 0.4) & valid[:, None]
+    assert routing.sums["tokens"] == valid.sum() and routing.sums["nominal"] == nominal.sum() > routing.decision.active.sum()
+    torch.testing.assert_close(routing.losses["sparsity"], (gates * nominal).sum() / (valid.sum() * gates.shape[1]))
+    for i, offset in enumerate(OFFSETS):
+        ours.router.threshold.data.fill_(0.3 + offset)
+        assert routing.sums["routes"][i] == ours.router(x, TokenContext(valid=valid)).decision.active.sum()
+    ours.eval()
+    quiet = ours.router(x, TokenContext(valid=valid))
+    assert quiet.sums == {} and torch.equal(quiet.decision.active, (gates > torch.sigmoid(ours.router.threshold)) & valid[:, None])
