@@ -38,10 +38,11 @@ from moetrain.moe.experts import GroupedExperts
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.routing import Routing
 
-TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2, torch.bfloat16: 0.2}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1}
 """By dtype of computation, of a gradient's scale. A missing or doubled factor is off by a half at least."""
 SHOWN = 16
-"""Findings of one check that are written down; the others are counted."""
+"""Errors, and notes, of one watched step that are written down; the others are counted."""
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -104,15 +105,8 @@ class Guard:
         with torch.no_grad():
             findings, figures = self._judge(watch, loads)
         errors = [f for f in findings if not f.is_note]
-        for finding in [*errors[:SHOWN], *(f for f in findings if f.is_note)]:
-            where = {"layer": finding.layer, "expert": finding.expert, "ranks": list(finding.ranks) or None}
-            where = {key: value for key, value in where.items() if value is not None}
-            kind = "guard_note" if finding.is_note else "guard"
-            self.metrics.event(kind, step=self.step, check=finding.check, **where, message=finding.message)
-            self.metrics.tell(f"  {kind.replace('_', ' ')} {finding.check}: {finding}")
-        if len(errors) > SHOWN:
-            self.metrics.event("guard", step=self.step, check="more", message=f"and {len(errors) - SHOWN} more findings")
-            self.metrics.tell(f"  guard: and {len(errors) - SHOWN} more findings")
+        self._tell("guard", errors)
+        self._tell("guard_note", [f for f in findings if f.is_note])
         if errors and self.options.action == "stop":
             more = f" (and {len(errors) - 1} more in events.jsonl)" if len(errors) > 1 else ""
             raise RuntimeError(
@@ -120,6 +114,17 @@ class Guard:
                 f"check means; guard.action: warn goes on"
             )
         return figures
+
+    def _tell(self, kind: str, findings: list[Finding]) -> None:
+        title = kind.replace("_", " ")
+        for finding in findings[:SHOWN]:
+            where = {"layer": finding.layer, "expert": finding.expert, "ranks": list(finding.ranks) or None}
+            where = {key: value for key, value in where.items() if value is not None}
+            self.metrics.event(kind, step=self.step, check=finding.check, **where, message=finding.message)
+            self.metrics.tell(f"  {title} {finding.check}: {finding}")
+        if len(findings) > SHOWN:
+            self.metrics.event(kind, step=self.step, check="more", message=f"and {len(findings) - SHOWN} more of this check")
+            self.metrics.tell(f"  {title}: and {len(findings) - SHOWN} more of this check")
 
     def _judge(self, watch: _Watch, loads: list[list[float]]) -> tuple[list[Finding], dict[str, Any]]:
         everything = _Sums(self.group)
@@ -132,7 +137,7 @@ class Guard:
             everything.parts[f"norm{i}.found"] = self._norm_product(i)
         values = everything.reduce()
         findings = [*self._gradients(watch, values), *self._conservation(watch, values), *self._replays(watch, values)]
-        findings += [*self._replicas(watch), *self._dtypes(watch), *self._dead(watch, loads)]
+        findings += [*self._replicas(watch), *self._dtypes(watch, values), *self._dead(watch, loads)]
         figures: dict[str, Any] = {"errors": sum(not f.is_note for f in findings)}
         if self.parallel.ep > 1 and watch.layers:
             rows = [values[f"{layer.number}.most_rows"].tolist() for layer in watch.layers]
@@ -238,11 +243,10 @@ class Guard:
                     global_id = None if expert is None else watch.global_expert(layer, name, expert, place)
                     yield Finding("replicas", f"{name} is not what rank {kept} computes with", layer, global_id, other)
 
-    def _dtypes(self, watch: _Watch) -> Iterable[Finding]:
-        # Every rank runs the same modules, so every rank finds the same.
+    def _dtypes(self, watch: _Watch, values: dict[str, Tensor]) -> Iterable[Finding]:
         for layer in watch.layers:
-            for dtype in sorted(str(d) for d in layer.dtypes if d != self.exact):
-                yield Finding("dtype", f"the router computes in {dtype}, not in {self.exact}", layer.number, ranks=tuple(range(self.world)))
+            for rank, place in _where(values[f"{layer.number}.wrong_dtypes"] > 0):
+                yield Finding("dtype", f"the router computes in {_FLOATS[place]}, not in {self.exact}", layer.number, ranks=(rank,))
 
     # ----------------------------------------------------------------------------------------------------------------- notes
 
@@ -361,9 +365,11 @@ class _Layer:
 
     def sums(self) -> dict[str, Tensor]:
         names = ("sent", "received", "sent_rows", "received_rows", "said", "squares", "replay")
-        most_rows = self.said.new_zeros(self.guard.world)
+        most_rows, wrong = self.said.new_zeros(self.guard.world), self.said.new_zeros(self.guard.world, len(_FLOATS))
         most_rows[self.guard.rank] = self.most_rows
-        return {"most_rows": most_rows, **{name: getattr(self, name) for name in names}}
+        for dtype in self.dtypes - {self.guard.exact}:
+            wrong[self.guard.rank, _FLOATS.index(dtype)] = 1
+        return {"most_rows": most_rows, "wrong_dtypes": wrong, **{name: getattr(self, name) for name in names}}
 
     def hooks(self) -> list[Any]:
         original = self.module.compute

@@ -271,3 +271,19 @@ def test_what_is_not_finite_is_left_to_the_step(data, tmp_path):  # noqa: F811
         record = trainer.train_step(next(batches))
     trainer.close()
     assert record["skipped"] and record["guard"]["errors"] == 0
+
+
+def test_many_findings_are_counted(data, tmp_path):  # noqa: F811
+    """All experts of both layers wrong, twice: 16 are written down, on the console too, and the rest is a number."""
+    config = make_config(data, "exact", run_dir=str(tmp_path / "run"), guard__every=1)
+    trainer, said = Trainer(config, console=False), []
+    trainer.metrics.tell = said.append
+    for layer in (0, 1):
+        for name in ("gate_up", "down"):
+            _scale_gradients(trainer, f"layers.{layer}.ffn.experts.{name}", 3.0)
+    with trainer._batches(trainer.dataset, 16, prefetch=0) as batches:
+        record = trainer.train_step(next(batches))
+    trainer.close()
+    assert record["guard"]["errors"] == 32 and len(events(config)) == 17 == len(said)
+    assert events(config)[-1]["message"] == "and 16 more of this check" and said[-1] == "  guard: and 16 more of this check"
+    assert said[0].startswith("  guard gradient: layer 0, expert 0, rank 0: the gradient of its up projection is 3 times")
