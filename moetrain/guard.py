@@ -20,6 +20,7 @@ Letters: T tokens of this rank, E experts, L MoE layers, G data-parallel groups 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -232,15 +233,21 @@ class Guard:
         found = torch.zeros(self.world, len(own), dtype=torch.int64, device=self.device)
         found[self.rank] = own
         dist.all_reduce(found, group=self.group)
-        for column, (layer, name, expert) in zip(found.T.tolist(), watch.checksum_names(), strict=True):
-            # What rank r holds of an expert's parameter is compared with the ranks that hold the same experts.
-            for place in range(self.parallel.ep if expert is not None else 1):
-                ranks = range(place, self.world, self.parallel.ep) if expert is not None else range(self.world)
-                here = [column[r] for r in ranks]
-                usual = max(set(here), key=here.count)
+        names, ep = watch.checksum_names(), self.parallel.ep
+        # What rank r holds of an expert's parameter is compared with the ranks that hold the same experts.
+        steps = [1 if expert is None else ep for *_, expert in names]
+        apart = torch.tensor([step > 1 for step in steps], device=self.device)
+        own_kind = found[torch.arange(self.world, device=self.device) % ep]
+        differs = (found != torch.where(apart, own_kind, found[0])).any(0)
+        for place in differs.nonzero().flatten().tolist():
+            layer, name, expert = names[place]
+            column = found[:, place].tolist()
+            for first in range(steps[place]):
+                ranks = range(first, self.world, steps[place])
+                usual = Counter(column[r] for r in ranks).most_common(1)[0][0]  # of two that differ the first one's
                 if other := tuple(r for r in ranks if column[r] != usual):
                     kept = next(r for r in ranks if column[r] == usual)
-                    global_id = None if expert is None else watch.global_expert(layer, name, expert, place)
+                    global_id = None if expert is None else watch.global_expert(layer, name, expert, first)
                     yield Finding("replicas", f"{name} is not what rank {kept} computes with", layer, global_id, other)
 
     def _dtypes(self, watch: _Watch, values: dict[str, Tensor]) -> Iterable[Finding]:

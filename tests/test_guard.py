@@ -146,13 +146,10 @@ def test_planted_errors_are_found_where_they_are(layout, data, tmp_path):  # noq
         wanted = SPOILT[name][3]
         if name == "changed route":
             assert {(c, layer, None, ranks) for c, layer, _, ranks in where} == wanted and len(where) >= 2, where  # lost here, won there
-        elif name in ("router drifts", "expert drifts"):
-            # The two replicas have one vote each, so that either may count as the odd one.
-            other = {(c, layer, e, tuple(r ^ 2 for r in ranks)) for c, layer, e, ranks in wanted}
-            assert where & (wanted | other) and {w[:3] for w in where if w[0] == "replicas"} == {w[:3] for w in wanted}, where
         else:
             assert wanted <= where, (name, where)
-            assert {w[0] for w in where} <= {"gradient"} | {w[0] for w in wanted} and len(where) <= len(wanted) + 1, (name, where)
+            # Replicas of an expert that differ say different things of their tokens too.
+            assert {w[:3] for w in where} <= {w[:3] for w in wanted} | {("gradient", *w[1:3]) for w in wanted}, (name, where)
         if name == "times ep":
             assert all("its down projection is 2 times what its tokens say" in e["message"] for e in found)
 
