@@ -86,6 +86,11 @@ class Metrics:
         if self._active:
             _append(self._events, _plain({"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "event": kind, **fields}))
 
+    def tell(self, line: str) -> None:
+        """A line for people, beside those of the steps."""
+        if self._print is not None:
+            self._print(line)
+
     def close(self) -> None:
         """Flush and close all outputs."""
         for name, sink in list(self._sinks.items()):

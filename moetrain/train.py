@@ -30,6 +30,7 @@ from moetrain.data.dataset import IGNORE, BatchIterator, BlendedDataset, EvalSet
 from moetrain.data.indexed import read_meta
 from moetrain.data.kinds import TokenKinds
 from moetrain.evaluate import evaluate, routing_sets
+from moetrain.guard import Guard
 from moetrain.metrics import Metrics, relative_load, write_routing
 from moetrain.microbatch import Batch, Sums, forward, source_classes, source_tags
 from moetrain.model import Transformer
@@ -146,6 +147,8 @@ class Trainer:
             written.write_text(schema.to_yaml(config), encoding="utf-8")
             written.replace(Path(config.run_dir) / "config.yaml")
         self.metrics = Metrics(config.run_dir, config.log, resolved=schema.to_dict(config), resume_step=self.step, rank=self.rank, console=console)
+        guard = config.guard
+        self.guard = None if guard.every is None else Guard(self.model, guard, train, self.parallel, self.group, self.metrics)
         for step, reason in damaged.items():
             self.metrics.event("fallback", step=step, reason=reason)
         if self.step:
@@ -275,6 +278,7 @@ class Trainer:
             group["lr"] = group["peak_lr"] * factor
 
         self.model.train()
+        watched = self.guard is not None and self.guard.begin(self.step + 1)
         counts = StepCounts()
         sums = Sums(list(factors), num_sources, self.device)
         for batch in batches:
@@ -289,6 +293,7 @@ class Trainer:
             loss.backward()
             sums.add(output, batch)
         totals = sums.reduce(self.group)
+        health = self.guard.finish(totals.loads) if self.guard is not None and watched else None
 
         norm = gradient_norm(self.parameters.values())
         numbers = torch.stack([norm, count]).tolist()
@@ -324,6 +329,7 @@ class Trainer:
             self.mean_active = totals.mean_active
             if self.controller is not None:
                 self.controller.update(totals.moe["active"], totals.sums)
+        record["guard"] = health
         if with_load:
             record["load"] = relative_load(totals.loads)
         if with_load and self.keep_routing and self.rank == 0:

@@ -56,6 +56,7 @@ from moetrain.config.sections import (
     EvalSource,
     ExportConfig,
     GenerateConfig,
+    GuardConfig,
     LogConfig,
     ParallelConfig,
     PrepareConfig,

@@ -45,6 +45,8 @@ def check(config: Config) -> list[str]:
             bad.append(f"train.eval_every ({train.eval_every}) needs at least one set in data.eval")
     if (data.train or data.eval) and model is not None and data.seq_len > model.max_position_embeddings:
         bad.append(f"data.seq_len ({data.seq_len}) is more than model.max_position_embeddings ({model.max_position_embeddings})")
+    for name in sorted(config.guard.idle() & config.guard.model_fields_set):
+        bad.append(f"guard.{name} ({getattr(config.guard, name)}) has an effect only with guard.every, the steps between checks")
     weights = [s.weight is not None for s in data.train]
     if any(weights) and not all(weights):
         bad.append("data.train: give a weight to every source or to none; missing for " + ", ".join(s.name for s in data.train if s.weight is None))

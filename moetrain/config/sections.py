@@ -154,6 +154,20 @@ class LogConfig(Section):
     """Keep RUN/routing.json, the newest load by source and by evaluation set, there also by kind of token (beginning of a word, digit, ...)."""
 
 
+class GuardConfig(Section):
+    """Health checks of a mixture in training (docs/guard.md)."""
+
+    every: Positive | None = None
+    """Steps between checks; null: none, at no cost."""
+    action: Literal["warn", "stop"] = "warn"
+    """On an error: `warn` writes it to events.jsonl and the console; `stop` also ends the run on all ranks, before the step's update."""
+    dead_after: Positive = 3
+    """Checks in a row without a route after which an expert is named as dead (a note, never an error)."""
+
+    def idle(self) -> set[str]:
+        return {"action", "dead_after"} if self.every is None else set()
+
+
 # Option of an upcycling -> methods for which it counts.
 SPLITS, _COPIES = ("slices", "dsmoe", "llama_moe"), ("copy", "drop", "virtual_groups")
 UPCYCLE_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -315,6 +329,7 @@ class Config(Section):
     train: TrainConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    guard: GuardConfig = GuardConfig()
     prepare: PrepareConfig | None = None
     upcycle: UpcycleConfig | None = None
     eval: EvalConfig = EvalConfig()

@@ -16,7 +16,7 @@ def within_capacity(active: Tensor, priority: Tensor, factor: float, top_k: int,
     that is whatever a device holds; over a sequence, what is dropped depends neither on the layout of ranks nor on the micro-batch.
     """
     T, E = active.shape
-    # Less the rounding of the product: 1.1 * 1 * 80 / 8 is 11, not 12.
+    # Less the rounding of the product: 1.1 * 1 * 50 / 5 is 11, not 12.
     capacity = math.ceil(factor * top_k * (T if sequence is None else sequence) / E - 1e-9)
     return within_capacities(active, priority, [capacity] * E, sequence)
 

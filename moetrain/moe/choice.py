@@ -17,7 +17,7 @@ from moetrain.moe.routing import group_sum
 
 def room_for(tokens: Tensor, factor: float, num_experts: int) -> Tensor:
     """ceil(factor * tokens / num_experts), at most `tokens`, int64. tokens: of any shape."""
-    # Less the rounding of the product: 1.1 * 80 / 8 is 11, not 12.
+    # Less the rounding of the product: 1.1 * 50 / 5 is 11, not 12.
     return torch.minimum(torch.ceil(tokens.double() * factor / num_experts - 1e-9).long(), tokens.long())
 
 

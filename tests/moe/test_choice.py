@@ -97,3 +97,4 @@ def test_tokens_that_are_equal_but_for_rounding_are_equal():
 def test_room_rounds_up_without_rounding_errors():
     tokens = torch.tensor([80, 10, 1, 0, 7])
     assert room_for(tokens, 1.1, 8).tolist() == [11, 2, 1, 0, 1] and room_for(tokens, 99.0, 8).tolist() == tokens.tolist()
+    assert room_for(torch.tensor([50]), 1.1, 5).tolist() == [11]  # the product is 55.00000000000001

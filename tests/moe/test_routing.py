@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from moetrain.config import SigmoidSteRouter
 from moetrain.moe.routing import Decision, TokenContext, recorded, replay_contexts, statistics, uniform
-from tests.moe.test_layer import model_config, pair
+from tests.moe.test_layer import ROUTERS, model_config, pair
 
 
 def test_draws_depend_on_key_stream_and_column_alone():
@@ -72,3 +73,17 @@ def test_a_near_tie_that_falls_otherwise_is_replayed():
     assert len(seen) == 2 and torch.equal(seen[0], seen[1])
     again = layer(x, TokenContext(), x)[1].stats["load"]
     assert again.sum() != seen[0].numel(), "the case must be one where a second decision differs"
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_every_router_decides_once(name):
+    """A block that is computed again takes the decision of the first time; what was decided anew would be counted twice, and could differ."""
+    layer, _ = pair(model_config(ROUTERS[name]))
+    calls, decide = [], layer.router.decide
+    layer.router.decide = lambda *args: calls.append(0) or decide(*args)
+    x = torch.randn(10, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    context = TokenContext(keys=torch.arange(10), num_tokens=10.0, sequence=5, tokens=torch.arange(10) % 11, tags=torch.arange(10) % 2)
+    computed = []
+    layer.router.register_forward_pre_hook(lambda *_: computed.append(0))
+    checkpoint(lambda x: layer(x, context, x)[0], x, use_reentrant=False, context_fn=replay_contexts).sum().backward()
+    assert len(computed) == 2 and len(calls) == 1

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from moetrain.build import build_model
 from moetrain.config import check_world
@@ -58,7 +58,9 @@ def norms() -> tuple[float, float]:
     mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     generator = torch.Generator().manual_seed(0)
     parameters, squares = [], 0.0
-    for placements, shape, sub in (([Shard(0), Shard(1)], (7, 6), None), ([Shard(0)], (5,), "a"), ([Shard(1)], (4, 8), "b"), (None, (3, 3), None)):
+    laid: list = [([Shard(0), Shard(1)], (7, 6), None), ([Shard(0)], (5,), "a"), ([Shard(1)], (4, 8), "b"), (None, (3, 3), None)]
+    laid += [([Replicate(), Shard(0)], (6, 2), None)]  # a replica counts once
+    for placements, shape, sub in laid:
         whole = torch.randn(shape, dtype=torch.float64, generator=generator)
         squares += whole.square().sum().item()
         p = torch.nn.Parameter(whole.clone() if placements is None else distribute_tensor(whole, mesh if sub is None else mesh[sub], placements))

@@ -111,7 +111,9 @@ def test_evaluation_has_no_probes_and_the_same_output():
 def test_the_moved_threshold():
     """What is counted at it and at the options' own, which gates the sparsity loss presses, and that evaluation keeps it."""
     router = SigmoidSteRouter(target_active=2.0, threshold=0.4)
-    ours, x, _ = layer_and_input(router, 50)
+    _, x, _ = layer_and_input(SigmoidSteRouter(), 50)
+    ours = MoELayer(model_config(router), 1).double()
+    ours.router.weight.data = torch.randn(ours.router.weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
     ours.router.threshold.data.fill_(0.3)  # log-odds
     gates = torch.sigmoid(x @ ours.router.weight.T)
     valid = torch.arange(50) % 7 != 0
