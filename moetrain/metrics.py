@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from moetrain.config import LogConfig
+from moetrain.files import read_json
 from moetrain.records import EVENTS, METRICS, ROUTING, parse, read_records
 
 _MEASURED = frozenset(
@@ -134,7 +135,7 @@ def write_routing(run_dir: Path | str, part: str, step: int | None, sets: dict[s
     """
     path = Path(run_dir) / ROUTING
     try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
+        whole = read_json(path)
     except (OSError, ValueError):
         whole = None  # none yet, or torn: the other part comes again
     whole = {**whole, part: {"step": step, "sets": sets}} if isinstance(whole, dict) else {part: {"step": step, "sets": sets}}

@@ -23,7 +23,7 @@ from torch import Tensor
 from moetrain import config as schema
 from moetrain import preempt
 from moetrain.attention import describe_backends
-from moetrain.build import DTYPES, build_model, empty_model, need
+from moetrain.build import DTYPES, build_model, check_meta, empty_model, need
 from moetrain.checkpoint import Checkpoints
 from moetrain.config import Config, ConfigError, ScheduleConfig, check_world
 from moetrain.data.dataset import IGNORE, BatchIterator, BlendedDataset, EvalSet, Source
@@ -241,7 +241,7 @@ class Trainer:
             raise ConfigError(f"run_dir {self.config.run_dir}: its checkpoint is of another model: {'; '.join(fixed)}. Use another run_dir")
 
     def _resume(self) -> None:
-        meta = self.checkpoints.load(self._state())
+        meta = check_meta(self.checkpoints.load(self._state()), f"checkpoint in {self.checkpoints.folder}: meta.json")
         if meta["data_fingerprint"] != self.fingerprint:
             raise ConfigError(
                 f"run_dir {self.config.run_dir}: its checkpoint was trained on other data (sources, weights, seq_len or seed differ), so the run "

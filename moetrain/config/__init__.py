@@ -24,6 +24,7 @@ from moetrain.config.reading import (
     load_config,
     parse_overrides,
     parse_yaml,
+    read_yaml,
     schema,
     to_dict,
     to_yaml,

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moetrain.config import ModelConfig, TopKRouter, config_from_dict, to_dict
-from moetrain.data.tokenizer import TOKENIZER_FILES, Tokenizer, save_tokenizer
+from moetrain.data.tokenizer import TOKENIZER_FILES, Tokenizer, copy_plain, save_tokenizer
+from moetrain.files import read_object
 from moetrain.model import Transformer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -103,7 +104,7 @@ def read_config(folder: str | Path) -> ModelConfig:
         if not isinstance(raw.get("moetrain"), dict):
             raise ValueError(f"{path}: model_type moetrain needs the key `moetrain`, a mapping with the model's config")
         return _validate(raw["moetrain"], path)
-    if kind not in _FAMILIES:
+    if not isinstance(kind, str) or kind not in _FAMILIES:
         raise ValueError(f"{path}: model_type is {kind!r}; supported: {', '.join([*_FAMILIES, 'moetrain'])}")
     stock = _validate(_read_stock(raw, kind, path), path)
     if "moetrain" not in raw:
@@ -181,14 +182,9 @@ def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except OSError as error:
         raise ValueError(f"{path}: can't be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must be a JSON object, found {type(content).__name__}")
-    return content
 
 
 def _read_stock(raw: dict[str, Any], kind: str, path: Path) -> dict[str, Any]:
@@ -859,7 +855,7 @@ def _write_companions(folder: Path, tokenizer: Tokenizer | None, source: Path | 
         return {}
     for name in (*TOKENIZER_FILES, "chat_template.json", "generation_config.json"):
         if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+            copy_plain(source / name, folder / name)
     raw = _read_json(source / "config.json")
     return {name: raw.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
