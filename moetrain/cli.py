@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -113,7 +114,8 @@ def _fail(error: Exception, status: int) -> int:
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-    # What a stranger's file holds must not steer the terminal.
+    # What a stranger's file holds must not steer the terminal, nor begin a line; ours in a list are indented.
+    text = re.sub(r"\n(?!  )", r"\\n", text.strip())
     text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
     text = "\n".join(line if len(line) <= _WIDEST else f"{line[: _WIDEST - 300]} ... {line[-290:]}" for line in text.splitlines())
     print(f"moetrain{rank}: error: {text}", file=sys.stderr, flush=True)
