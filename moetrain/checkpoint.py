@@ -412,10 +412,7 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         raise ValueError("there is no such folder")
     if not path.is_file():
         raise ValueError(f"{_MANIFEST} is missing")
-    try:
-        manifest = read_object(path)
-    except ValueError as error:
-        raise ValueError(f"{_MANIFEST} can't be read: {error}") from None
+    manifest = read_object(path)
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(
         isinstance(e, dict) and isinstance(e.get("size"), int) and isinstance(e.get("sha256"), str) for e in files.values()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,16 @@ def read_object(path: Path | str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must be a JSON object, found {json_kind(content)}")
     return content
+
+
+def check_own(folder: Path | str, names: Iterable[str]) -> None:
+    """Before files of these names, or their `.tmp` forms, are written in a folder that may be a stranger's: ValueError if one is a link, through
+    which a file elsewhere would be written, or a pipe or device, which would never be done."""
+    names = tuple(names)
+    for entry in os.scandir(folder) if os.path.isdir(folder) else ():
+        ours = any(entry.name == n or (entry.name.startswith(n) and entry.name.endswith(".tmp")) for n in names)
+        if ours and not entry.is_file(follow_symlinks=False):
+            raise ValueError(f"{entry.path}: is a link or no regular file, so it is not written; remove it")
 
 
 def json_kind(value: Any) -> str:

@@ -130,7 +130,7 @@ def _read_config(path: str, overrides: list[tuple[str, str]], cluster: ClusterCo
     need(config, "model", "train")
     problems = check_config(cluster, config)
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError("; ".join(problems))
     try:
         check_world(config, cluster.num_nodes * cluster.ranks_per_node)
     except ConfigError as error:

@@ -30,6 +30,7 @@ from moetrain.data.dataset import IGNORE, BatchIterator, BlendedDataset, EvalSet
 from moetrain.data.indexed import read_meta
 from moetrain.data.kinds import TokenKinds
 from moetrain.evaluate import evaluate, routing_sets
+from moetrain.files import check_own
 from moetrain.metrics import Metrics, relative_load, write_routing
 from moetrain.microbatch import Batch, Sums, forward, source_classes, source_tags
 from moetrain.model import Transformer
@@ -39,6 +40,7 @@ from moetrain.moe.routing import StepCounts
 from moetrain.parallel.grads import gradient_norm, scale_gradients
 from moetrain.parallel.mesh import build_meshes, start_processes
 from moetrain.parallel.parallelize import add_whole, clear_where
+from moetrain.records import EVENTS, METRICS, ROUTING
 
 
 def learning_rate_factor(step: int, steps: int, schedule: ScheduleConfig) -> float:
@@ -138,6 +140,7 @@ class Trainer:
             self._resume()
             damaged = self.checkpoints.damaged
         if self.rank == 0:
+            check_own(config.run_dir, ("config.yaml", preempt.STATUS, METRICS, EVENTS, ROUTING))
             try:
                 Path(config.run_dir).mkdir(parents=True, exist_ok=True)
             except OSError as error:

@@ -326,10 +326,10 @@ def config_case(rng: random.Random) -> list[str]:
 
 
 def _yaml(tree: Any) -> str:
-    return yaml.dump(tree, Dumper=_Plain, sort_keys=False, allow_unicode=True)
+    return yaml.dump(tree, Dumper=_Copies, sort_keys=False, allow_unicode=True)
 
 
-class _Plain(yaml.SafeDumper):
+class _Copies(yaml.SafeDumper):
     """Copies where the tree has one value twice; files with anchors are a mutation of their own."""
 
     def ignore_aliases(self, data: Any) -> bool:
@@ -407,8 +407,7 @@ def checkpoint_case(rng: random.Random) -> list[str]:
 
 def spoil(rng: random.Random, path: Path, kind: str) -> None:
     """One file: as bytes, by its own format, or by what stands in its place."""
-    plain = path.is_file() and not path.is_symlink()
-    content, pick = (path.read_bytes(), rng.random()) if plain else (b"{}", 1.0)
+    content, pick = (path.read_bytes(), rng.random()) if _plain(path) else (b"{}", 1.0)
     if pick < 0.5 and path.suffix in (".json", ".jsonl", ".yaml", ".safetensors", ".idx", ".bin"):
         path.write_bytes(_by_format(rng, path.suffix, content))
         return
@@ -431,6 +430,7 @@ def spoil(rng: random.Random, path: Path, kind: str) -> None:
         lambda: path.symlink_to("/dev/zero"),
         lambda: path.symlink_to("/nowhere"),
         lambda: path.symlink_to(Path("secret.txt").resolve()),
+        lambda: path.symlink_to(Path("../../../outside.txt").resolve()),
         lambda: path.symlink_to(Path("mixtral/model.safetensors").resolve()),
         lambda: path.write_bytes(Path("text.txt").read_bytes()),
         lambda: path.write_bytes(rng.choice(sorted(p for p in Path(".").rglob("*") if p.is_file() and not p.is_symlink())).read_bytes()),
@@ -438,6 +438,10 @@ def spoil(rng: random.Random, path: Path, kind: str) -> None:
         lambda: path.write_bytes(b"[" * 100_000) if path.suffix == ".json" else path.write_bytes(content * 2),
     ]  # fmt: skip
     rng.choice(choices)()
+
+
+def _plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def _by_format(rng: random.Random, suffix: str, content: bytes) -> bytes:
@@ -535,6 +539,8 @@ def remote_code(folder: Path) -> None:
         ("config.json", {"AutoConfig": "configuration_evil.Config", "AutoModelForCausalLM": "modeling_evil.Model"}),
         ("tokenizer_config.json", {"AutoTokenizer": ["tokenization_evil.Model", None]}),
     ):
+        if not _plain(folder / name):
+            continue
         try:
             raw = json.loads((folder / name).read_text())
             raw |= {"auto_map": auto, "trust_remote_code": True, "custom_pipelines": {"x": {"impl": "modeling_evil.Model"}}}
@@ -547,12 +553,14 @@ def remote_code(folder: Path) -> None:
 def resign(step: Path) -> None:
     """A manifest that fits the files again: a stranger can write one too."""
     path = step / "manifest.json"
+    if not _plain(path):
+        return
     try:
         manifest = json.loads(path.read_text())
         for name in list(manifest["files"]):
             file = step / name
-            if file.is_file() and file.stat().st_size < 1 << 30:
-                content = file.read_bytes() if "/dev/" not in str(file.resolve()) else b""
+            if file.is_file():
+                content = file.read_bytes()
                 manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         path.write_text(json.dumps(manifest))
     except (OSError, ValueError, TypeError, KeyError, RecursionError, AttributeError):

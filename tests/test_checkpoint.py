@@ -345,7 +345,7 @@ DAMAGE = {
     "renamed": (_rename_shard, "rank00009-001.safetensors is not in manifest.json"),
     "a link": (_link, f"{SHARD} is no regular file"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
-    "manifest cut": (lambda f: os.truncate(f / "manifest.json", 50), "manifest.json is not JSON"),
+    "manifest cut": (lambda f: os.truncate(f / "manifest.json", 50), "manifest.json: is not valid JSON"),
     "manifest of another step": (lambda f: _edit(f, lambda m: m.update(step=1)), "manifest.json is of step 1"),
     "manifest of the future": (lambda f: _edit(f, lambda m: m.update(format=99)), "manifest.json has format 99"),
     "manifest without a file": (lambda f: _edit(f, lambda m: m["files"].pop(SHARD)), f"{SHARD} is not in manifest.json"),

@@ -10,6 +10,8 @@ from pydantic import Discriminator, Field, Tag
 from moetrain.config.base import NonNegative, Positive, PositiveFloat, Section
 from moetrain.config.routers import Router, holds_router
 
+MAX_LAYERS = 4096
+
 
 class RopeScaling(Section):
     """How rotary frequencies are stretched beyond the length a model was trained on (names and meaning as in Hugging Face configs)."""
@@ -194,7 +196,7 @@ class ModelConfig(Section):
     vocab_size: Positive
     hidden_size: Positive
     """D."""
-    num_layers: Annotated[int, Field(gt=0, le=4096)]
+    num_layers: Annotated[int, Field(gt=0, le=MAX_LAYERS)]
     num_heads: Positive
     num_kv_heads: Positive | None = None
     """Key/value heads (grouped-query attention); null: as many as `num_heads`."""

@@ -257,5 +257,5 @@ def check_world(config: Config, world_size: int) -> ParallelConfig:
                 f"({config.train.micro_batch_size}) x ranks ({world_size}) = {unit}; nearest: {near}"
             )
     if bad:
-        raise ConfigError("\n".join(bad))
+        raise ConfigError("; ".join(bad))
     return parallel
