@@ -1,4 +1,4 @@
-"""The images' recipes: what the compose file allows, and (slow) that the CPU image builds without a network, trains, and trains the same on two nodes."""
+"""The images: what the compose file allows, and (slow) that the CPU image builds without a network, trains, and trains the same on two nodes."""
 
 from __future__ import annotations
 
