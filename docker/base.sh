@@ -25,7 +25,7 @@ print("\n".join(names + [d for extra in sys.argv[1].split(",") for d in project[
 PYTHON
 )
 "$python" -m pip download --quiet --dest docker/wheels --only-binary :all: \
-    "torch==${TORCH:-2.13.0}" setuptools==84.2.1 wheel==0.48.0 ninja==1.13.2 "${packages[@]}"
+    --constraint docker/constraints.txt "torch==${TORCH:-2.13.0}" setuptools wheel ninja "${packages[@]}"
 
 root=$(mktemp -d)
 trap 'rm -rf "$root"' EXIT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -55,11 +56,14 @@ def test_images_are_pinned_and_not_root(name: str) -> None:
 
 
 def test_base_has_what_the_image_pins() -> None:
-    """docker/base.sh fetches the very versions that the recipe installs."""
-    recipe, script = ((ROOT / "docker" / n).read_text(encoding="utf-8") for n in ("Dockerfile.cpu", "base.sh"))
-    for pin in ("setuptools==", "wheel==", "ninja=="):
-        version = recipe.split(pin)[1].split()[0]
-        assert f"{pin}{version}" in script
+    """docker/base.sh fetches the very versions that the recipe installs, and every package that moetrain asks for has one."""
+    recipe, script, pins = ((ROOT / "docker" / n).read_text(encoding="utf-8") for n in ("Dockerfile.cpu", "base.sh", "constraints.txt"))
+    assert "docker/constraints.txt" in script and "PIP_CONSTRAINT=/wheels/constraints.txt" in recipe
+    pinned = dict(line.split("==") for line in pins.splitlines() if not line.startswith("#"))
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    dependencies = project.split("dependencies = [")[1].split("]\n")[0] + project.split("\nhf = ")[1].splitlines()[0]
+    for name in re.findall(r'"([a-z]+)', dependencies + project.split("\ndata = ")[1].splitlines()[0]):
+        assert name in pinned or name == "torch", name
     assert recipe.split("ARG TORCH=")[1].split()[0] == script.split("${TORCH:-")[1].split("}")[0]
 
 
