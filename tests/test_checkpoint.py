@@ -352,7 +352,7 @@ DAMAGE = {
     "manifest without meta": (lambda f: _edit(f, lambda m: m["files"].pop("meta.json")), "does not list meta.json"),
     "manifest with another digest": (lambda f: _edit(f, lambda m: m["files"][SHARD].update(sha256="0" * 64)), "another checksum"),
     "manifest with wrong types": (lambda f: _edit(f, lambda m: m["files"].update(x=3)), "does not list files with size and sha256"),
-    "manifest that is a list": (lambda f: (f / "manifest.json").write_text("[]"), "does not list files"),
+    "manifest that is a list": (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json: must be a JSON object, found a list"),
     "escaping name": (_escape, "names '../x'"),
     "absolute name": (lambda f: _edit(f, lambda m: m["files"].update({"/etc/hostname": m["files"][SHARD]})), "names '/etc/hostname'"),
 }
