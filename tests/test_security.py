@@ -97,6 +97,6 @@ def test_only_the_command_line_names_code(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_short_fuzz() -> None:
     """Mutated configs and checkpoints through the program; `python -m tests.fuzz` runs thousands. Its process has no threads when it forks."""
-    command = [sys.executable, "-m", "tests.fuzz", "--configs", "60", "--checkpoints", "60", "--seed", "7"]
+    command = [sys.executable, "-m", "tests.fuzz", "--configs", "50", "--checkpoints", "50", "--seed", "7"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
