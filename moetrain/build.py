@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from moetrain import config as schema
 from moetrain.checkpoint import find_steps, read_full, read_meta
-from moetrain.config import Config, ConfigError, ModelConfig, TrainConfig
+from moetrain.config import Config, ConfigError, ModelConfig, NonNegative, TrainConfig
 from moetrain.convert import huggingface
 from moetrain.model import Transformer, initial_tensor
 from moetrain.parallel.mesh import Meshes
@@ -81,6 +82,40 @@ def fill(model: Transformer, named: Iterator[tuple[str, Tensor]], source: str) -
         raise ValueError(f"{source}: no value for {len(unset)} tensors, such as {sorted(unset)[0]}")
 
 
+class ControllerState(BaseModel):
+    """As `BudgetController.state` writes it."""
+
+    model_config = ConfigDict(strict=True)
+
+    coefficients: list[float]
+    errors: list[float] | None = None
+    trends: list[float] | None = None
+
+
+class RunMeta(BaseModel):
+    """What the checkpoint of a run must hold beside tensors; more may be there."""
+
+    model_config = ConfigDict(strict=True)
+
+    step: NonNegative
+    consumed_samples: NonNegative
+    tokens: NonNegative
+    updates: NonNegative
+    skipped: NonNegative
+    bad_in_a_row: NonNegative
+    mean_active: float | None = None
+    controller: ControllerState | None = None
+    data_fingerprint: str
+    tokenizer: str | None = None
+    config: dict[str, Any]
+
+
+def check_meta(meta: dict[str, Any], where: str) -> dict[str, Any]:
+    """`meta` itself, if it is that of a run (`RunMeta`); ConfigError with every reason if it is not."""
+    schema.validate(RunMeta, meta, where, lambda _: [])
+    return meta
+
+
 @dataclass(frozen=True)
 class Trained:
     """A model to use: its config, its whole tensors one at a time (a generator function's call), the tokenizer of its data, where it is from."""
@@ -104,9 +139,10 @@ def find_trained(config: Config) -> Trained:
             damaged.append(str(error))
             warnings.warn(f"{error}; taking an older one", stacklevel=2)
             continue
-        meta = read_meta(path)
-        model = schema.config_from_dict(meta["config"], str(path)).model
-        assert model is not None, "a training run has a model section"
+        meta = check_meta(read_meta(path), f"checkpoint {path}: meta.json")
+        model = schema.config_from_dict(meta["config"], f"of checkpoint {path}").model
+        if model is None:
+            raise ConfigError(f"checkpoint {path}: its config has no model section; is it a training run's?")
         tensors = ((name.removeprefix("model."), tensor) for name, tensor in whole)
         return Trained(model, tensors, meta.get("tokenizer"), str(path), meta.get("mean_active"))
     if damaged:

@@ -39,6 +39,7 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from moetrain.config import CheckpointConfig
+from moetrain.files import read_object
 
 FORMAT = 1
 _MANIFEST, _META = "manifest.json", "meta.json"
@@ -350,7 +351,7 @@ def read_meta(folder: Path | str) -> dict[str, Any]:
     """The meta data of one checkpoint folder. Raises ValueError if there is none."""
     path = Path(folder) / _META
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint {folder}: {_META} can't be read: {error}") from None
 
@@ -411,11 +412,8 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         raise ValueError("there is no such folder")
     if not path.is_file():
         raise ValueError(f"{_MANIFEST} is missing")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{_MANIFEST} is not JSON: {error}") from None
-    files = manifest.get("files") if isinstance(manifest, dict) else None
+    manifest = read_object(path)
+    files = manifest.get("files")
     if not isinstance(files, dict) or not all(
         isinstance(e, dict) and isinstance(e.get("size"), int) and isinstance(e.get("sha256"), str) for e in files.values()
     ):

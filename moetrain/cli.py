@@ -9,6 +9,7 @@ import atexit
 import dataclasses
 import importlib.util
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ from moetrain import preempt
 from moetrain.config import Config, ConfigError
 
 _plain_warning = warnings.formatwarning
+_WIDEST = 1000
+"""Characters in a line of an error. What is wrong stands at its beginning, the way out at its end."""
 
 COMMANDS = {
     "prepare": (
@@ -107,6 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("MOETRAIN_TRACEBACK") or not str(error).startswith("step "):
             raise
         return _fail(error, 1)
+    except MemoryError:
+        return _fail(RuntimeError("out of memory: what was asked for is more than this process may use; use a smaller model, batch or file"), 1)
     except KeyboardInterrupt:
         print("moetrain: interrupted", file=sys.stderr)
         return 130
@@ -126,6 +131,10 @@ def _fail(error: Exception, status: int) -> int:
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    # What a stranger's file holds must not steer the terminal, nor begin a line; ours in a list are indented.
+    text = re.sub(r"\n(?!  )", r"\\n", text.strip())
+    text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    text = "\n".join(line if len(line) <= _WIDEST else f"{line[: _WIDEST - 300]} ... {line[-290:]}" for line in text.splitlines())
     print(f"moetrain{rank}: error: {text}", file=sys.stderr, flush=True)
     return status
 

@@ -109,6 +109,7 @@ def report(facts: dict[str, Any] | None = None) -> str:
     for title, texts in (("Beware", facts["warnings"]), ("To get more", [f"{e['command']:<46} # {e['for']}" for e in facts["install"]])):
         if texts:
             lines += ["", title, *(f"  {text}" for text in texts)]
+    lines += ["", "What to do about a symptom: docs/troubleshooting.md"]
     return "\n".join(lines)
 
 

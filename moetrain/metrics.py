@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from moetrain.config import LogConfig
+from moetrain.files import check_own, read_json
 from moetrain.records import EVENTS, METRICS, ROUTING, parse, read_records
 
 _MEASURED = frozenset(
@@ -139,10 +140,11 @@ def write_routing(run_dir: Path | str, part: str, step: int | None, sets: dict[s
     """
     path = Path(run_dir) / ROUTING
     try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
+        whole = read_json(path)
     except (OSError, ValueError):
         whole = None  # none yet, or torn: the other part comes again
     whole = {**whole, part: {"step": step, "sets": sets}} if isinstance(whole, dict) else {part: {"step": step, "sets": sets}}
+    check_own(run_dir, (ROUTING,))
     fresh = path.with_name(path.name + ".tmp")
     fresh.write_text(json.dumps(whole) + "\n", encoding="utf-8")
     fresh.replace(path)

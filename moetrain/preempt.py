@@ -16,6 +16,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from moetrain.files import read_json
+
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
@@ -108,7 +110,7 @@ def reporting(run_dir: str | Path, run: _Run) -> Iterator[None]:
 def read_status(run_dir: str | Path) -> dict[str, Any] | None:
     """What `reporting` wrote last; None where there is nothing that can be read."""
     try:
-        found = json.loads((Path(run_dir) / STATUS).read_text(encoding="utf-8"))
+        found = read_json(Path(run_dir) / STATUS)
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

@@ -24,6 +24,7 @@ from moetrain.cluster import hosts, kubernetes, local, slurm
 from moetrain.cluster.job import Job, job_name
 from moetrain.cluster.options import ClusterConfig, check_config, load_cluster
 from moetrain.config import Config, ConfigError, check_world, load_config, parse_overrides
+from moetrain.files import read_json
 from moetrain.metrics import METRICS
 from moetrain.preempt import read_status
 
@@ -129,7 +130,7 @@ def _read_config(path: str, overrides: list[tuple[str, str]], cluster: ClusterCo
     need(config, "model", "train")
     problems = check_config(cluster, config)
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError("; ".join(problems))
     try:
         check_world(config, cluster.num_nodes * cluster.ranks_per_node)
     except ConfigError as error:
@@ -218,7 +219,7 @@ def _progress(folder: Path) -> str:
     try:
         last = json.loads((folder / METRICS).read_bytes().splitlines()[-1])
         text = f"step {last['step']}, loss {last['loss']:.4f}"
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         text = ""
     saved = find_steps(folder / "checkpoints") if (folder / "checkpoints").is_dir() else []
     return ", ".join(part for part in (text, f"last checkpoint {saved[-1]}" if saved else "") if part)
@@ -328,7 +329,7 @@ def _title(record: dict[str, Any]) -> str:
 def _read_record(run_dir: str) -> dict[str, Any]:
     path = Path(run_dir.rstrip("/") + ".job") / "job.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
     except OSError:
         raise ConfigError(f"run_dir {run_dir}: no job was submitted for it from here ({path} is not there)") from None
     except ValueError:

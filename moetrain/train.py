@@ -23,13 +23,14 @@ from torch import Tensor
 from moetrain import config as schema
 from moetrain import preempt
 from moetrain.attention import describe_backends
-from moetrain.build import DTYPES, build_model, empty_model, need
+from moetrain.build import DTYPES, build_model, check_meta, empty_model, need
 from moetrain.checkpoint import Checkpoints
 from moetrain.config import Config, ConfigError, ScheduleConfig, check_world
 from moetrain.data.dataset import IGNORE, BatchIterator, BlendedDataset, EvalSet, Source
 from moetrain.data.indexed import read_meta
 from moetrain.data.kinds import TokenKinds
 from moetrain.evaluate import evaluate, routing_sets
+from moetrain.files import check_own
 from moetrain.guard import Guard
 from moetrain.metrics import Metrics, relative_load, write_routing
 from moetrain.microbatch import Batch, Sums, forward, source_classes, source_tags
@@ -40,6 +41,7 @@ from moetrain.moe.routing import StepCounts
 from moetrain.parallel.grads import gradient_norm, scale_gradients
 from moetrain.parallel.mesh import build_meshes, start_processes
 from moetrain.parallel.parallelize import add_whole, clear_where
+from moetrain.records import EVENTS, METRICS, ROUTING
 
 
 def learning_rate_factor(step: int, steps: int, schedule: ScheduleConfig) -> float:
@@ -139,6 +141,7 @@ class Trainer:
             self._resume()
             damaged = self.checkpoints.damaged
         if self.rank == 0:
+            check_own(config.run_dir, ("config.yaml", preempt.STATUS, METRICS, EVENTS, ROUTING))
             try:
                 Path(config.run_dir).mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -244,7 +247,7 @@ class Trainer:
             raise ConfigError(f"run_dir {self.config.run_dir}: its checkpoint is of another model: {'; '.join(fixed)}. Use another run_dir")
 
     def _resume(self) -> None:
-        meta = self.checkpoints.load(self._state())
+        meta = check_meta(self.checkpoints.load(self._state()), f"checkpoint in {self.checkpoints.folder}: meta.json")
         if meta["data_fingerprint"] != self.fingerprint:
             raise ConfigError(
                 f"run_dir {self.config.run_dir}: its checkpoint was trained on other data (sources, weights, seq_len or seed differ), so the run "

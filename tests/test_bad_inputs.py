@@ -176,6 +176,56 @@ def forget_checkpoint_meta(place: Path) -> None:
         (place / "run" / "checkpoints" / f"step-{step:08d}" / "meta.json").unlink()
 
 
+def link(path: str, target: str) -> Callable[[Path], None]:
+    def do(place: Path) -> None:
+        (place / path).unlink(missing_ok=True)
+        (place / path).symlink_to(target)
+
+    return do
+
+
+def pipe(path: str) -> Callable[[Path], None]:
+    def do(place: Path) -> None:
+        (place / path).unlink()
+        os.mkfifo(place / path)
+
+    return do
+
+
+def meta(**changes: Any) -> Callable[[Path], None]:
+    """Change what both checkpoints hold beside tensors, with a manifest that fits: a stranger can write one too. None takes a key out."""
+
+    def do(place: Path) -> None:
+        for step in (2, 4):
+            folder = place / "run" / "checkpoints" / f"step-{step:08d}"
+            raw = json.loads((folder / "meta.json").read_text()) | changes
+            content = json.dumps({k: v for k, v in raw.items() if v is not None}).encode()
+            (folder / "meta.json").write_bytes(content)
+            manifest = json.loads((folder / "manifest.json").read_text())
+            manifest["files"]["meta.json"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return do
+
+
+def tokenizer_with(**config: Any) -> Callable[[Path], None]:
+    def do(place: Path) -> None:
+        save_tokenizer(load_tokenizer("byte"), place / "dense")
+        path = place / "dense" / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+
+    return do
+
+
+def letter_out(place: Path) -> None:
+    """A file that an upcycling copies leads to one of this machine."""
+    (place / "dense" / "chat_template.jinja").symlink_to(place / "text.txt")
+
+
+_DEEP = "[" * 100_000 + "]" * 100_000
+_BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9))
+
+
 def none(place: Path) -> None:
     pass
 
@@ -204,7 +254,18 @@ CASES: list[tuple[str, Callable[[Path], None], tuple[str, ...]]] = [
     (TRAIN, rewrite("c.yaml", "train: 1\ntrain: 2"), ("config c.yaml line 2", "key 'train' is given twice")),
     (TRAIN, rewrite("c.yaml", "- a\n- b\n"), ("config c.yaml", "must be a mapping of sections, found list")),
     (TRAIN, rewrite("c.yaml", ""), ("missing sections: model, train", "init_from")),
+    (TRAIN, link("c.yaml", "/dev/zero"), ("config c.yaml: has more than 1,048,576 bytes",)),
+    (TRAIN, rewrite("c.yaml", "x" * 2_000_000), ("config c.yaml: has more than 1,048,576 bytes",)),
+    (TRAIN, rewrite("c.yaml", "run_dir: !!map x"), ("config c.yaml line 1", "tags are not read, found 'tag:yaml.org,2002:map'")),
+    (TRAIN, rewrite("c.yaml", _BOMB + "model: *a8"), ("config c.yaml line", "more than 100,000 values")),
+    (TRAIN, rewrite("c.yaml", "model: " + "[" * 5000), ("config c.yaml", "not valid YAML: nested too deeply")),
+    (TRAIN, rewrite("c.yaml", '? "x\\ny"\n: 1'), ("'x\\ny': unknown key",)),
     # single fields
+    (TRAIN + " --model.num_layers 1000000000000", none, ("model.num_layers", "less than or equal to 4096")),
+    (TRAIN + " --model.moe.num_experts 1000000000000000000", none, ("model.moe.num_experts", "less than or equal to 65536")),
+    (TRAIN + " --model.moe.num_experts 65536 --model.num_layers 4000", none, ("num_experts (65536) in 4000 sparse layers", "1,048,576")),
+    (TRAIN + " --train.steps 9223372036854775808", none, ("train.steps", "less than 9223372036854775808")),
+    (TRAIN + " --data.prefetch 1000000", none, ("data.prefetch", "less than or equal to 1024")),
     (TRAIN + " --train.stpes 3", none, ("train.stpes: unknown key; did you mean train.steps?",)),
     (TRAIN + " --model.moe.router.treshold 0.5", none, ("model.moe.router.treshold", "did you mean model.moe.router.threshold?")),
     (TRAIN + " --train.lr fast", none, ("train.lr", "valid number", "'fast'")),
@@ -242,7 +303,12 @@ CASES: list[tuple[str, Callable[[Path], None], tuple[str, ...]]] = [
     (FRESH, empty_data, ("data set 'a'", "holds no tokens")),
     (FRESH, big_token, ("data set 'a'", "token id 50", "vocab_size is 50")),
     (FRESH, big_token_in_json, ("data set 'a'", "token id 77", "vocab_size is 50")),
-    (FRESH, rewrite("a.json", "{"), ("a.json: not valid JSON", "prepare the data again")),
+    (FRESH, rewrite("a.json", "{"), ("a.json: is not valid JSON", "prepare the data again")),
+    (FRESH, rewrite("a.json", '{"max_token_id": "x"}'), ("a.json: max_token_id must be a number of tokens, found \"x\"",)),
+    (FRESH, rewrite("a.json", '{"tokenizer": {"spec": 3}}'), ("a.json: tokenizer must be an object", "prepare the data again")),
+    (FRESH, rewrite("a.json", "null"), ("a.json: must be a JSON object, found null",)),
+    (FRESH, rewrite("a.json", _DEEP), ("a.json", "nested too deeply")),
+    (FRESH, link("a.json", "/dev/zero"), ("a.json: is no regular file",)),
     # prepare
     ("prepare", none, ("missing section: prepare",)),
     ("prepare --prepare.inputs [] --prepare.output p", none, ("prepare.inputs", "at least 1 item")),
@@ -284,7 +350,31 @@ CASES: list[tuple[str, Callable[[Path], None], tuple[str, ...]]] = [
     (UPCYCLE.replace("output out", "output moe"), none, ("moe: exists and is not empty; choose another output",)),
     (UPCYCLE.replace("output out", "output text.txt"), none, ("text.txt: exists and is not empty",)),
     (FRESH.replace("c.yaml", "small.yaml") + " --init_from nowhere", none, ("nowhere/config.json",)),
+    (UPCYCLE, link("dense/config.json", "/dev/zero"), ("dense/config.json: is no regular file",)),
+    (UPCYCLE, pipe("dense/config.json"), ("dense/config.json: is no regular file",)),
+    (UPCYCLE, rewrite("dense/config.json", _DEEP), ("dense/config.json", "nested too deeply")),
+    (UPCYCLE, header(model_type=["llama"]), ("dense/config.json: model_type is ['llama']; supported: llama",)),
+    (UPCYCLE, header(num_hidden_layers=2**40), ("dense/config.json: num_hidden_layers must be at most 4096",)),
+    (UPCYCLE, header(rope_theta=[1]), ("dense/config.json: rope_theta must be a number, found [1]",)),
+    (UPCYCLE, header(rope_theta=10**400), ("dense/config.json: rope_theta must be a number",)),
+    (UPCYCLE, header(rope_scaling={"rope_type": ["x"]}), ("dense/config.json: rope_scaling.rope_type must be a name, found ['x']",)),
+    (UPCYCLE, header(decoder_sparse_step=0), ("dense/config.json: decoder_sparse_step must be a whole number, found 0",)),
+    (UPCYCLE, header(layer_types=[["x"]]), ("dense/config.json: layer_types must be a list of names",)),
+    (UPCYCLE, tensors(lambda t: t.update({"x" * 5000: torch.zeros(2)})), ("dense: the tensors don't fit config.json: not used 1: xxx", " ... x")),
+    (UPCYCLE, tensors(lambda t: t.update({"\x1b[31m\nx": torch.zeros(2)})), ("not used 1: \\x1b[31m\\nx",)),
+    (UPCYCLE, letter_out, ("dense/chat_template.jinja: is a link out of its folder", "replace it by the file")),
+    ("prepare --prepare.inputs [text.txt] --prepare.output p --prepare.tokenizer dense", tokenizer_with(eos_token=["</s>"]), ("eos_token ['</s>'] of dense/tokenizer_config.json is not in",)),
     # checkpoints
+    (TRAIN + " --train.steps 6", pipe("run/metrics.jsonl"), ("run/metrics.jsonl: is a link or no regular file, so it is not written",)),
+    (TRAIN + " --train.steps 6", link("run/metrics.jsonl", "../text.txt"), ("run/metrics.jsonl: is a link",)),
+    (TRAIN + " --train.steps 6", link("run/config.yaml.tmp", "../text.txt"), ("run/config.yaml.tmp: is a link",)),
+    ("report run", link("run/report.html.tmp", "../text.txt"), ("run/report.html.tmp: is a link",)),
+    (TRAIN + " --train.steps 6", meta(updates=None), ("meta.json: updates: missing",)),
+    (TRAIN + " --train.steps 6", meta(consumed_samples="x"), ("meta.json: consumed_samples", "valid integer, found 'x'")),
+    (TRAIN + " --train.steps 6", meta(step=2**70), ("meta.json: step", "less than 9223372036854775808")),
+    ("export --run_dir run --export.output out", meta(config=None), ("step-00000004: meta.json: config: missing",)),
+    ("export --run_dir run --export.output out", meta(config={}), ("step-00000004: its config has no model section",)),
+    ("export --run_dir run --export.output out", meta(config={"model": {**DENSE, "x": 1}}), ("config of checkpoint run/checkpoints/step-00000004: model.x: unknown key",)),
     (TRAIN + " --train.steps 6", damage(2, 4), ("no whole checkpoint in run/checkpoints", "step 4", "step 2", "checksum")),
     (TRAIN + " --train.steps 6", forget_checkpoint_meta, ("no whole checkpoint in run/checkpoints", "meta.json is missing")),
     (TRAIN + " --train.steps 6 --model.intermediate_size 24", none, ("run_dir run", "another model", "model.intermediate_size: 16 there, 24 here", "another run_dir")),

@@ -58,6 +58,7 @@ def test_report_and_json(packages, capsys):
     """The report names every package with its state; a package that needs a GPU is proposed only where there is one; JSON has the same facts."""
     status = doctor.main()
     text = capsys.readouterr().out
+    assert "docs/troubleshooting.md" in text
     assert "good_one         1.2.3, works (use of good_one)" in text and "1.2.3, import fails: RuntimeError: first line" in text
     assert "surely_not_here  not installed" in text and "pip install --force-reinstall --no-deps raising" in text
     assert ("pip install surely_not_here" in text) == torch.cuda.is_available()

@@ -21,18 +21,19 @@ OPTIONAL = {
 REQUIRED = {"torch", "numpy", "yaml", "pydantic", "pydantic_core", "safetensors", "tokenizers", "rich"}
 
 # Part -> parts it may import beside itself. A part is a folder of moetrain/ or a module at its top.
-CORE = {"config", "ops", "modules"}
+CORE = {"config", "ops", "modules", "files"}
 MODEL = CORE | {"moe", "attention", "model"}
 LIBRARY = MODEL | {"parallel", "data", "checkpoint", "convert", "records", "metrics", "microbatch", "generate", "build"}
 ALLOWED: dict[str, set[str]] = {
     "config": set(),
+    "files": set(),
     "modules": set(),
     "ops": {"__init__"},  # moetrain._C, the compiled extension
     "moe": CORE,
     "attention": CORE | {"moe"},
     "model": CORE | {"moe", "attention"},
     "parallel": MODEL,
-    "data": set(),
+    "data": {"files"},
     "records": set(),
     "metrics": CORE | {"records"},
     "checkpoint": CORE,
@@ -43,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": LIBRARY,
     "guard": MODEL | {"parallel", "records", "metrics"},
     "train": LIBRARY | {"evaluate", "guard", "preempt"},
-    "preempt": set(),
+    "preempt": {"files"},
     "cluster": CORE | {"parallel", "__init__"},
     "doctor": {"attention", "ops", "__init__"},
     "__main__": {"cli"},

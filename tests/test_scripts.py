@@ -19,7 +19,7 @@ def lint(program: str, *words: str) -> str:
 
 
 def test_shellcheck() -> None:
-    scripts = sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("launch/*.sh"), ROOT / ".ci/run"])
+    scripts = sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("launch/*.sh"), *ROOT.glob("docker/*.sh"), ROOT / ".ci/run"])
     assert lint("shellcheck", "--external-sources", *scripts) == ""
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from moetrain.config import Config, ConfigError, NonNegative, Positive, Section, parse_yaml, validate
+from moetrain.config import Config, ConfigError, NonNegative, Positive, Section, read_yaml, short, validate
 
 
 def _one_line(text: str) -> str:
@@ -165,12 +165,11 @@ def load_cluster(path: str | Path) -> ClusterConfig:
     """Read a cluster file. Raises ConfigError with every reason."""
     where = f"cluster file {path}"
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where}: can't be read: {error.strerror if isinstance(error, OSError) else 'not UTF-8 text'}") from None
-    tree = parse_yaml(text, where)
+        tree = read_yaml(path, where)
+    except OSError as error:
+        raise ConfigError(f"{where}: can't be read: {error.strerror}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{where}: must have one section, cluster, found {type(tree).__name__}")
+        raise ConfigError(f"{where}: must have one section, cluster, found {'nothing' if tree is None else short(tree)}")
     return validate(ClusterFile, tree, where, check).cluster
 
 

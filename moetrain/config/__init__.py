@@ -4,8 +4,9 @@ Plain data only: no device, no process group, nothing of torch. base: what secti
 what must hold between them. reading: files and command lines to configs and back.
 """
 
-from moetrain.config.base import ConfigError, NonNegative, Positive, Section
+from moetrain.config.base import ConfigError, NonNegative, Positive, Section, short
 from moetrain.config.model import (
+    MAX_LAYERS,
     FinedeepConfig,
     LayerChoice,
     LayerRange,
@@ -24,6 +25,7 @@ from moetrain.config.reading import (
     load_config,
     parse_overrides,
     parse_yaml,
+    read_yaml,
     schema,
     to_dict,
     to_yaml,

@@ -10,6 +10,8 @@ from pydantic import Discriminator, Field, Tag
 from moetrain.config.base import NonNegative, Positive, PositiveFloat, Section
 from moetrain.config.routers import Router, holds_router
 
+MAX_LAYERS = 4096
+
 
 class RopeScaling(Section):
     """How rotary frequencies are stretched beyond the length a model was trained on (names and meaning as in Hugging Face configs)."""
@@ -131,7 +133,7 @@ ExpertDim = Annotated[Annotated[Positive, Tag("other")] | Annotated[list[NonNega
 
 @holds_router
 class MoEConfig(Section):
-    num_experts: Positive
+    num_experts: Annotated[int, Field(gt=0, le=65536)]
     """E, over all ranks."""
     expert_dim: ExpertDim
     """F: intermediate size of one expert; or a list with the size of each (big and small ones, 0: an expert that does nothing, so that its tokens
@@ -194,7 +196,7 @@ class ModelConfig(Section):
     vocab_size: Positive
     hidden_size: Positive
     """D."""
-    num_layers: Positive
+    num_layers: Annotated[int, Field(gt=0, le=MAX_LAYERS)]
     num_heads: Positive
     num_kv_heads: Positive | None = None
     """Key/value heads (grouped-query attention); null: as many as `num_heads`."""

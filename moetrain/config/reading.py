@@ -24,8 +24,34 @@ from moetrain.config.sections import Config
 _File = TypeVar("_File", bound=BaseModel)
 
 
+MAX_BYTES, MAX_VALUES, MAX_PROBLEMS = 1 << 20, 100_000, 20
+"""Of a file; of a file with all aliases written out; of one error message."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML with the numbers people write: `3e-4` and `1e6` are numbers, `no` and `12:30` are strings, a key given twice is an error."""
+    """YAML with the numbers people write: `3e-4` and `1e6` are numbers, `no` and `12:30` are strings, a key given twice is an error.
+
+    Plain data only: a tag (`!!python/...`, `!!int`) is an error, as is an alias to what it stands in, or aliases of aliases that would be a tree
+    larger than any config."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._sizes: dict[int, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if getattr(event, "tag", None) is not None:
+            raise yaml.composer.ComposerError(None, None, f"tags are not read, found {short(event.tag)}", event.start_mark)
+        node = super().compose_node(parent, index)
+        if isinstance(event, yaml.AliasEvent):
+            if id(node) not in self._sizes:
+                raise yaml.composer.ComposerError(None, None, f"the alias *{event.anchor} is recursive: it stands in what it names", event.start_mark)
+        else:
+            inner = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
+            self._sizes[id(node)] = 1 + (0 if isinstance(inner, str) else sum(self._sizes[id(n)] for n in inner))
+        if self._sizes[id(node)] > MAX_VALUES:
+            raise yaml.composer.ComposerError(None, None, f"more than {MAX_VALUES:,} values", event.start_mark)
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -78,12 +104,25 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 def parse_yaml(text: str, where: str) -> Any:
     """Parse YAML text; `where` names it in errors (ConfigError)."""
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader: plain data only, no tags that build objects
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader without tags
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = "nested too deeply" if isinstance(error, RecursionError) else problem
         raise ConfigError(f"{where}{place}: not valid YAML: {problem}") from None
+
+
+def read_yaml(path: str | Path, where: str) -> Any:
+    """Parse a YAML file; `where` names it in errors. Raises OSError, ConfigError."""
+    with open(path, "rb") as file:  # a pipe may be a config too: what is read of it has a limit
+        raw = file.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise ConfigError(f"{where}: has more than {MAX_BYTES:,} bytes; is it a config?")
+    try:
+        return parse_yaml(raw.decode("utf-8"), where)
+    except UnicodeDecodeError:
+        raise ConfigError(f"{where}: can't be read: not UTF-8 text") from None
 
 
 def _apply_override(tree: dict[str, Any], key: str, text: str) -> None:
@@ -153,11 +192,9 @@ def load_config(
     tree: Any = {}
     if path is not None:
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise ConfigError(f"config {where}: can't be read: {reason}") from None
-        tree = parse_yaml(text, f"config {where}")
+            tree = read_yaml(path, f"config {where}")
+        except OSError as error:
+            raise ConfigError(f"config {where}: can't be read: {error.strerror}") from None
         tree = {} if tree is None else tree
         if not isinstance(tree, dict):
             raise ConfigError(f"config {where}: must be a mapping of sections, found {type(tree).__name__}")
@@ -203,12 +240,16 @@ def validate(cls: type[_File], tree: dict[str, Any], where: str, rules: Callable
 
 def _lines(where: str, problems: list[str]) -> str:
     head = f"{where}: "
-    return head + problems[0] if len(problems) == 1 else head + f"{len(problems)} errors\n" + "\n".join(f"  {p}" for p in problems)
+    if len(problems) == 1:
+        return head + problems[0]
+    more = len(problems) - MAX_PROBLEMS
+    shown = [*problems[:MAX_PROBLEMS], *([f"... and {more} more"] if more > 0 else [])]
+    return head + f"{len(problems)} errors\n" + "\n".join(f"  {p}" for p in shown)
 
 
 def _explain(item: Any, cls: type[BaseModel]) -> str:
     # pydantic puts the tag of a union ("topk", "list") behind the option that has one; it is no key of the user's.
-    location = [str(p) for i, p in enumerate(item["loc"]) if i == 0 or item["loc"][i - 1] not in ("router", "layers", "expert_dim")]
+    location = [_shown(p) for i, p in enumerate(item["loc"]) if i == 0 or item["loc"][i - 1] not in ("router", "layers", "expert_dim")]
     name = ".".join(location) or "config"
     kind, value = item["type"], item.get("input")
     if kind == "model_type":
@@ -228,6 +269,11 @@ def _explain(item: Any, cls: type[BaseModel]) -> str:
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         return f"{name}.type: found {short((value or {}).get('type') if isinstance(value, dict) else value)}; one of {', '.join(ROUTERS)}"
     return f"{name}: {item['msg'][0].lower()}{item['msg'][1:]}, found {short(value)}"
+
+
+def _shown(part: str | int) -> str:
+    """A key as an error shows it: one line, and not as long as a file can make it."""
+    return str(part) if isinstance(part, int) or (part.isprintable() and len(part) <= 60) else short(part)
 
 
 def _generic(location: Sequence[str]) -> str:

@@ -9,6 +9,9 @@ from moetrain.config.model import ModelConfig, MoEConfig, RopeScaling, layer_pro
 from moetrain.config.routers import SigmoidSteRouter, TaskRouter, TopKRouter
 from moetrain.config.sections import UPCYCLE_OPTIONS, Config, ParallelConfig, UpcycleConfig
 
+MAX_EXPERTS = 1 << 20
+"""In all layers: some are listed one by one, so numbers from a file must not make those lists endless."""
+
 
 def check(config: Config) -> list[str]:
     """Cross-field rules; returns every broken one as a line that names the fields, their values and what would do."""
@@ -130,6 +133,12 @@ def _check_model(model: ModelConfig, parallel: ParallelConfig, bad: list[str]) -
             bad.append(f"parallel.ep ({parallel.ep}) needs model.moe: a dense model has no experts to share; use dp_shard")
         return
     moe = model.moe
+    if model.num_moe_layers * moe.num_experts > MAX_EXPERTS:
+        bad.append(
+            f"model.moe.num_experts ({moe.num_experts}) in {model.num_moe_layers} sparse layers are more than {MAX_EXPERTS:,} experts; "
+            f"use fewer, larger ones, or model.moe.layers for fewer sparse layers"
+        )
+        return
     if model.mlp_bias:
         bad.append("model.mlp_bias: experts have no bias; a model with model.moe needs mlp_bias: false")
     if moe.num_experts % parallel.ep:
@@ -250,5 +259,5 @@ def check_world(config: Config, world_size: int) -> ParallelConfig:
                 f"({config.train.micro_batch_size}) x ranks ({world_size}) = {unit}; nearest: {near}"
             )
     if bad:
-        raise ConfigError("\n".join(bad))
+        raise ConfigError("; ".join(bad))
     return parallel

@@ -38,7 +38,7 @@ class DataConfig(Section):
     """Share of a source ~ size^temperature: 1 by size (the default), 0 all alike. Excludes weights."""
     isolate_documents: bool = True
     """Documents packed into one sample don't see each other and their positions restart at 0."""
-    prefetch: NonNegative = 2
+    prefetch: Annotated[int, Field(ge=0, le=1024)] = 2
     """Optimizer steps read ahead by a thread; 0 reads when asked."""
 
     @property

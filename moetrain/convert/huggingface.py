@@ -22,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moetrain.config import ModelConfig, TopKRouter, config_from_dict, to_dict
-from moetrain.data.tokenizer import TOKENIZER_FILES, Tokenizer, save_tokenizer
+from moetrain.config import MAX_LAYERS, ModelConfig, TopKRouter, config_from_dict, short, to_dict
+from moetrain.data.tokenizer import TOKENIZER_FILES, Tokenizer, copy_plain, save_tokenizer
+from moetrain.files import read_object
 from moetrain.model import Transformer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -103,8 +104,9 @@ def read_config(folder: str | Path) -> ModelConfig:
         if not isinstance(raw.get("moetrain"), dict):
             raise ValueError(f"{path}: model_type moetrain needs the key `moetrain`, a mapping with the model's config")
         return _validate(raw["moetrain"], path)
-    if kind not in _FAMILIES:
+    if not isinstance(kind, str) or kind not in _FAMILIES:
         raise ValueError(f"{path}: model_type is {kind!r}; supported: {', '.join([*_FAMILIES, 'moetrain'])}")
+    _check_types(raw, path)
     stock = _validate(_read_stock(raw, kind, path), path)
     if "moetrain" not in raw:
         return stock
@@ -181,14 +183,43 @@ def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except OSError as error:
         raise ValueError(f"{path}: can't be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must be a JSON object, found {type(content).__name__}")
-    return content
+
+
+_COUNTS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "max_position_embeddings", "original_max_position_embeddings", "sliding_window", "max_window_layers", "num_experts", "num_local_experts",
+    "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size", "n_shared_experts",
+    "first_k_dense_replace", "n_group",
+)  # fmt: skip
+_DIVISORS = ("topk_group", "decoder_sparse_step")
+_NUMBERS = ("rope_theta", "routed_scaling_factor", "rms_norm_eps", "initializer_range")
+_LISTS = {"layer_types": str, "mlp_only_layers": int}
+
+
+def _check_types(raw: dict[str, Any], path: Path) -> None:
+    """The values that are computed with on the way to our config, whose own rules come after. ValueError."""
+    for name, value in raw.items():
+        if value is None:
+            continue
+        if name in _COUNTS + _DIVISORS and not (type(value) is int and (name in _DIVISORS) <= value < 2**53):
+            what = "a whole number"
+        elif name == "num_hidden_layers" and value > MAX_LAYERS:
+            what = f"at most {MAX_LAYERS}"
+        elif name in _NUMBERS and not _is_number(value):
+            what = "a number"
+        elif name in _LISTS and not (isinstance(value, list) and all(type(v) is _LISTS[name] for v in value)):
+            what = "a list of " + {str: "names", int: "whole numbers"}[_LISTS[name]]
+        else:
+            continue
+        raise ValueError(f"{path}: {name} must be {what}, found {short(value)}")
+
+
+def _is_number(value: Any) -> bool:
+    """One that a float can hold."""
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def _read_stock(raw: dict[str, Any], kind: str, path: Path) -> dict[str, Any]:
@@ -362,6 +393,9 @@ def _read_rope(raw: dict[str, Any], given: dict[str, Any], kind: str, path: Path
             raise ValueError(f"{path}: {field} differs between kinds of layers; supported: one for all layers")
         parameters = kinds[0]
     parameters = {k: v for k, v in parameters.items() if v is not None}
+    for name in {"rope_theta", "rope_type", "type"} & set(parameters):
+        if not (_is_number(parameters[name]) if name == "rope_theta" else isinstance(parameters[name], str)):
+            raise ValueError(f"{path}: {field}.{name} must be {'a number' if name == 'rope_theta' else 'a name'}, found {short(parameters[name])}")
     theta = parameters.pop("rope_theta", None)
     if theta is not None and given.get("rope_theta", theta) != theta:
         raise ValueError(f"{path}: rope_theta is {raw['rope_theta']!r}, but {theta!r} in {field}; give one of them")
@@ -859,7 +893,7 @@ def _write_companions(folder: Path, tokenizer: Tokenizer | None, source: Path | 
         return {}
     for name in (*TOKENIZER_FILES, "chat_template.json", "generation_config.json"):
         if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+            copy_plain(source / name, folder / name)
     raw = _read_json(source / "config.json")
     return {name: raw.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 

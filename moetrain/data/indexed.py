@@ -27,6 +27,8 @@ from pathlib import Path
 
 import numpy as np
 
+from moetrain.files import read_object
+
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPE_CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
@@ -256,14 +258,19 @@ def read_meta(prefix: str | Path) -> dict | None:
     """What `prepare` wrote to PREFIX.json, or None if there is none (a file made by Megatron has none)."""
     path = with_suffix(prefix, ".json")
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = read_object(path)
+        for name in ("vocab_size", "max_token_id"):
+            # Of numpy's range: they are compared with token ids. bool is an int for Python.
+            if name in meta and not (type(meta[name]) is int and -1 <= meta[name] < 2**31):
+                raise ValueError(f"{path}: {name} must be a number of tokens, found {json.dumps(meta[name])[:60]}")
+        tokenizer = meta.get("tokenizer")
+        if tokenizer is not None and not (isinstance(tokenizer, dict) and isinstance(tokenizer.get("spec", ""), str)):
+            raise ValueError(f"{path}: tokenizer must be an object with a `spec`, found {json.dumps(tokenizer)[:60]}")
+        return meta
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); remove it or prepare the data again") from None
-    if not isinstance(meta, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(meta).__name__}")
-    return meta
+        raise ValueError(f"{error}; remove it or prepare the data again") from None
 
 
 def write_counts(prefix: str | Path) -> Path:

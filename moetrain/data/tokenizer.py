@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from moetrain.files import read_object
+
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
@@ -142,7 +144,7 @@ class HuggingFaceTokenizer:
             token = self._read_json(file).get(f"{name}_token")
             token = token.get("content") if isinstance(token, dict) else token
             if token is not None:
-                if token not in self._vocab:
+                if not isinstance(token, str) or token not in self._vocab:
                     raise ValueError(
                         f"tokenizer: {name}_token {token!r} of {self.file.parent / file} is not in "
                         f"{self.file}"
@@ -158,12 +160,11 @@ class HuggingFaceTokenizer:
     def _read_json(self, name: str) -> dict:
         path = self.file.parent / name
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            return read_object(path)
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            raise ValueError(f"tokenizer: {path} is not valid JSON: {error}") from None
-        return content if isinstance(content, dict) else {}
+            raise ValueError(f"tokenizer: {error}") from None
 
 
 Tokenizer = ByteTokenizer | HuggingFaceTokenizer
@@ -200,14 +201,25 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
             # Not config.json: it is the model's. The name of the file given may differ from tokenizer.json.
             source = tokenizer.file if name == "tokenizer.json" else tokenizer.file.parent / name
             if source.is_file() and source.resolve() != (directory / name).resolve():
-                shutil.copyfile(source, directory / name)
-        config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
+                copy_plain(source, directory / name, checked=name == "tokenizer.json")
+        config = read_object(config_path) if config_path.is_file() else {}
         config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
         config["eos_token"] = tokenizer.token(tokenizer.eos_id)
         for name, number in (("bos_token", tokenizer.bos_id), ("pad_token", tokenizer.pad_id)):
             if number is not None:
                 config.setdefault(name, tokenizer.token(number))
     config_path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_plain(source: Path, target: Path, *, checked: bool = False) -> None:
+    """Copy a file of a folder that may be a stranger's. ValueError for a link out of the folder: a copy would carry a file of this machine into what
+    is given away. checked: the file was read as what it should be, so it may lie anywhere."""
+    home, real = source.parent.resolve(), source.resolve()
+    # The cache of huggingface_hub is made of links: models--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH.
+    cached = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
+    if not (checked or cached or real.is_relative_to(home)):
+        raise ValueError(f"{source}: is a link out of its folder, to {real}, and would be copied; replace it by the file if you mean it")
+    shutil.copyfile(real, target)
 
 
 def _describe(tokenizer: Tokenizer, spec: str, content: str) -> dict:

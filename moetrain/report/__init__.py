@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moetrain.files import check_own
 from moetrain.report.page import page
 from moetrain.report.read import read_run
 
@@ -17,6 +18,7 @@ def write(run_dir: str | Path, output: str | Path | None = None) -> Path:
     run = read_run(run_dir)
     path = Path(output) if output is not None else run.folder / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
+    check_own(path.parent, (path.name,))
     fresh = path.with_name(path.name + ".tmp")
     # A name that is no Unicode text (a lone surrogate) shows a question mark.
     fresh.write_bytes(page(run).encode("utf-8", "replace"))

@@ -13,6 +13,7 @@ import numpy as np
 
 from moetrain import config as schema
 from moetrain.config import Config
+from moetrain.files import read_json
 from moetrain.records import EVENTS, METRICS, ROUTING, read_records
 
 POINTS = 800  # of a curve
@@ -178,7 +179,9 @@ def _read_metrics(run: Run, path: Path) -> None:
                 _add_layers(layers, str(name), values, bucket, layer_points)
         if "load" in record:
             frames.add(step, record["load"])
-    run.layers = {name: np.divide(s, n, out=np.full_like(s, np.nan), where=n > 0) for name, (s, n) in layers.items()}
+    # Fewer records than lines, where some are broken: the last places stay empty.
+    whole = {name: np.divide(s, n, out=np.full_like(s, np.nan), where=n > 0) for name, (s, n) in layers.items()}
+    run.layers = {name: values[:, : len(run.layer_steps)] for name, values in whole.items()}
     run.num_layers = len(run.layers["active"]) if "active" in run.layers else 0
     run.frames = frames.chosen()
     if not run.records:
@@ -262,7 +265,7 @@ def _read_events(run: Run) -> None:
     for line in lines:
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(event, dict) and isinstance(event.get("event"), str):
             run.events.append(event)
@@ -273,7 +276,7 @@ def _read_routing(run: Run) -> None:
         return
     hint = f"`moetrain eval --run_dir {run.folder} --eval.routing true` writes it"
     try:
-        whole = json.loads((run.folder / ROUTING).read_text(encoding="utf-8"))
+        whole = read_json(run.folder / ROUTING)
     except FileNotFoundError:
         run.missing.append(f"{ROUTING} is not there: no routing by source and by kind of token. {hint}; runs with log.routing: true keep it.")
         return

@@ -82,7 +82,10 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="none.yaml: can't be read: No such file"):
         load_cluster(tmp_path / "none.yaml")
     (tmp_path / "c.yaml").write_text("- 1")
-    with pytest.raises(ConfigError, match="must have one section, cluster, found list"):
+    with pytest.raises(ConfigError, match=r"must have one section, cluster, found \[1\]"):
+        load_cluster(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("# nothing\n")
+    with pytest.raises(ConfigError, match="must have one section, cluster, found nothing"):
         load_cluster(tmp_path / "c.yaml")
     (tmp_path / "c.yaml").write_text("slurm: {}\n")
     with pytest.raises(ConfigError, match="(?s)2 errors.*cluster: missing; it has no default.*slurm: unknown key; did you mean cluster"):

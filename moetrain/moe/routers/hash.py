@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import heapq
-import json
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from moetrain.config import ConfigError, HashRouter, ModelConfig
+from moetrain.files import read_json
 from moetrain.moe.routers.base import router_for
 from moetrain.moe.routing import Decision, Routing, TokenContext, recorded, uniform
 
@@ -73,11 +72,11 @@ def balanced_table(counts: list[float], draws: Tensor, num_hashes: int) -> Tenso
 def read_counts(path: str, vocab_size: int) -> list[float]:
     """A list of numbers from a JSON file, filled up with 0: a padded vocabulary is longer than its tokenizer's. ConfigError if it is none."""
     try:
-        counts = json.loads(Path(path).read_text(encoding="utf-8"))
+        counts = read_json(path)
     except OSError as error:
         raise ConfigError(f"model.moe.router.frequencies ({path}): can't be read: {error.strerror}") from None
     except ValueError as error:
-        raise ConfigError(f"model.moe.router.frequencies ({path}): is not valid JSON: {error}") from None
+        raise ConfigError(f"model.moe.router.frequencies: {error}") from None
     if not isinstance(counts, list) or not all(isinstance(c, (int, float)) and c >= 0 for c in counts) or len(counts) > vocab_size:
         what = f"{len(counts)} entries" if isinstance(counts, list) else type(counts).__name__
         raise ConfigError(

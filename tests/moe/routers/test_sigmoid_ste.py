@@ -121,7 +121,7 @@ def test_the_moved_threshold():
     assert torch.equal(routing.decision.active, (gates > 1 / (1 + math.exp(-0.3))) & valid[:, None])
     nominal = (gates > 0.4) & valid[:, None]
     assert routing.sums["tokens"] == valid.sum() and routing.sums["nominal"] == nominal.sum() > routing.decision.active.sum()
-    torch.testing.assert_close(routing.losses["sparsity"], (gates * nominal).sum() / (valid.sum() * gates.shape[1]))
+    torch.testing.assert_close(routing.losses["sparsity"], (gates * nominal).sum() / (valid.sum() * gates.shape[1] * ours.router.num_layers))
     for i, offset in enumerate(OFFSETS):
         ours.router.threshold.data.fill_(0.3 + offset)
         assert routing.sums["routes"][i] == ours.router(x, TokenContext(valid=valid)).decision.active.sum()
