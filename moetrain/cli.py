@@ -232,7 +232,7 @@ def _usage() -> str:
 
 
 _SECTIONS = {
-    "prepare": ["prepare"], "upcycle": ["upcycle"], "train": ["train", "data", "parallel", "checkpoint", "log"], "eval": ["eval", "data"],
+    "prepare": ["prepare"], "upcycle": ["upcycle"], "train": ["train", "data", "parallel", "checkpoint", "watchdog", "log"], "eval": ["eval", "data"],
     "generate": ["generate"], "export": ["export"], "report": ["report"],
 }  # fmt: skip
 

@@ -64,4 +64,5 @@ from moetrain.config.sections import (
     Source,
     TrainConfig,
     UpcycleConfig,
+    WatchdogConfig,
 )
