@@ -39,7 +39,7 @@ from moetrain.moe.losses import build_controller, coefficients
 from moetrain.moe.routers import changes_after_step
 from moetrain.moe.routing import StepCounts
 from moetrain.parallel.grads import gradient_norm, scale_gradients
-from moetrain.parallel.mesh import build_meshes, start_processes
+from moetrain.parallel.mesh import build_meshes, limit_collectives, start_processes
 from moetrain.parallel.parallelize import add_whole, clear_where
 from moetrain.stragglers import StepTimes
 from moetrain.watchdog import Watchdog
@@ -87,7 +87,8 @@ class Trainer:
         assert self.train_config is not None and self.model_config is not None, "checked by need()"
         if not config.data.train:
             raise ConfigError("data.train: no source to train on; give at least one name and path")
-        self.device = start_processes(config.parallel.timeout_seconds)
+        # Until the first step is done, ranks may be as far apart as the start may take.
+        self.device = start_processes(max(config.parallel.timeout_seconds, config.watchdog.start_seconds))
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.watchdog = watchdog or Watchdog(config.watchdog, config.run_dir, rank=self.rank, world=self.world)
@@ -126,7 +127,7 @@ class Trainer:
         self.starts = self._together(lambda: restarts.count_start(config.run_dir, resume_step or 0))
         if 0 < config.watchdog.max_starts < self.starts and (resume_step or 0) < self.train_config.steps:
             restarts.refuse(config.run_dir, resume_step or 0, config.watchdog.max_starts, self.rank)
-        meshes = build_meshes(self.parallel, self.device)
+        self.meshes = meshes = build_meshes(self.parallel, self.device)
         if resume_step is None:
             self.model = build_model(config, self.device, meshes)
         else:
@@ -412,9 +413,12 @@ class Trainer:
         assert train is not None
         record: dict[str, Any] = {}
         with self._batches(self.dataset, train.global_batch_size, start_sample=self.consumed_samples, prefetch=config.data.prefetch) as batches:
+            first = self.step
             while self.step < train.steps:
-                if record:  # the first step belongs to the start
+                if self.step > first:  # the first step belongs to the start
                     self.watchdog.enter("step", self.step + 1, "data")
+                if self.step == first + 1:
+                    limit_collectives(self.meshes, config.parallel.timeout_seconds)
                 self.stopped = preempt.agreed(self.group, self.device)
                 if self.stopped is not None:
                     self.metrics.event("preempted", step=self.step, signal=self.stopped)

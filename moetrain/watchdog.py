@@ -1,8 +1,8 @@
 """A thread on each rank that ends a run which hangs, and says where it hung: which rank, in which part of which step, in which collective.
 
 Every rank watches itself against three limits: the start (until the first step is done), a step (an evaluation counts batch by batch), and a
-checkpoint. On a breach it asks all ranks for their Python stacks (RUN/watchdog/rankNNNNN.stacks.txt and standard error), writes an event, and ends
-its process with `ENDED`, so that the launcher starts the ranks again. A collective that fails, because a peer died or was silent for longer than
+checkpoint. On a breach it writes all Python stacks (RUN/watchdog/rankNNNNN.stacks.txt and standard error) and an event, has the other ranks do
+the same, and ends its process with `ENDED`, so that the launcher starts the ranks again. A collective that fails, because a peer died or was silent for longer than
 parallel.timeout_seconds, ends the rank with the same words.
 
 Beside its stacks each rank keeps RUN/watchdog/rankNNNNN.json, what it is doing, renewed all the time. A rank that waits for another reads there
@@ -58,8 +58,8 @@ class Watchdog:
         self._main = threading.main_thread().ident
         self._host = socket.gethostname()
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        # After SIGTERM torchrun waits so long, then kills.
-        self._grace = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)) if self._parent is not None else None
+        # After SIGTERM torchrun waits so long, then kills; 30 s if it is because another rank has failed.
+        self._grace = min(30.0, float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))) if self._parent is not None else None
         self._ending = threading.Lock()
 
     # --------------------------------------------------------------------------------------------- told by the training thread
@@ -143,8 +143,11 @@ class Watchdog:
                 self._say(f"{self.doing}: asked to end {now - asked[1]:.1f} s ago, but still in {self.where()}; {self.others()}")
                 self.dump("asked to end, and has not")
                 asked = None
-            if self._requested():
-                self.dump("another rank asked for the stacks")
+            if self._peer_ended() and self._ending.acquire(blocking=False):
+                # Without that rank this one could only wait until its own limit, or until the launcher's patience is at its end.
+                self._say(f"{self.doing}: another rank has ended the run; ending as well, in {self.where()}")
+                self.dump("another rank has ended the run")
+                os._exit(ENDED)
             if self._parent is not None and os.getppid() != self._parent:
                 # Nobody would see how this rank ends nor start it again, and a new launcher may start another in its place.
                 self._parent = None
@@ -187,8 +190,9 @@ class Watchdog:
         with suppress(OSError):
             write_status(self.run_dir, "failed", step=max(0, self._doing[2] - 1), error=message, rank=self.rank)
         with suppress(OSError):
-            (self.run_dir / FOLDER / "request").write_text(message + "\n", encoding="utf-8")
-        time.sleep(min(2.5 * self._tick, 30))  # for the other ranks' stacks: once this one has ended the launcher ends them
+            (self.run_dir / FOLDER / "ended").write_text(message + "\n", encoding="utf-8")
+        if self.world > 1:
+            time.sleep(min(2.5 * self._tick, 30))  # for the other ranks' stacks: once this one has ended the launcher ends them
         sys.stderr.flush()
         os._exit(ENDED)
 
@@ -255,16 +259,12 @@ class Watchdog:
             written.write_text(json.dumps(told) + "\n", encoding="utf-8")
             written.replace(path)
 
-    def _requested(self) -> bool:
+    def _peer_ended(self) -> bool:
         try:
-            when = (self.run_dir / FOLDER / "request").stat().st_mtime
+            when = (self.run_dir / FOLDER / "ended").stat().st_mtime
         except OSError:
             return False
-        # Later than this start; a request is answered once.
-        if when <= self._began:
-            return False
-        self._began = when
-        return not self._ending.locked()
+        return when > self._began
 
     def _path(self, suffix: str, rank: int | None = None) -> Path:
         return self.run_dir / FOLDER / f"rank{self.rank if rank is None else rank:05d}.{suffix}"
