@@ -85,9 +85,8 @@ def reporting(run_dir: str | Path, run: _Run) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        text = (str(error).splitlines() or [""])[0]
         with suppress(OSError):  # a full disk may be what failed
-            write("failed", error=f"{type(error).__name__}: {text}" if text else type(error).__name__)
+            write("failed", error=first_line(error))
         raise
     for name in SIGNALS:
         if signal.getsignal(getattr(signal, f"SIG{name}")) is _note:
@@ -97,6 +96,12 @@ def reporting(run_dir: str | Path, run: _Run) -> Iterator[None]:
     else:
         write("preempted", signal=run.stopped)
     agreed(run.group, run.device)  # no rank ends before the file is there: what started it looks for it then
+
+
+def first_line(error: BaseException) -> str:
+    """Class and first line of an error."""
+    text = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def write_status(run_dir: str | Path, state: str, **fields: Any) -> None:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from moetrain.config import ConfigError
-from moetrain.preempt import write_status
 from moetrain.records import append_event
 
 STARTS, LOCK = "starts.json", "lock"
@@ -45,18 +44,19 @@ def count_start(run_dir: Path | str, step: int) -> int:
     return starts
 
 
+class NoProgress(ConfigError):
+    """A run that was started too often without coming further; status.json says `"retry": false` for scripts that would start it again."""
+
+
 def refuse(run_dir: Path | str, step: int, limit: int, rank: int) -> NoReturn:
-    """End a run that does not come further: rank 0 tells events.jsonl, and status.json with `"retry": false` for the scripts that would start it
-    again. Raises ConfigError on every rank."""
+    """End a run that does not come further. Raises NoProgress on every rank; rank 0 tells events.jsonl."""
     text = (
         f"run_dir {run_dir}: started {limit} times in a row from step {step} without a new checkpoint (watchdog.max_starts); events.jsonl and the "
         f"log say what ended it. To start again, remove {Path(run_dir) / STARTS}"
     )
     if rank == 0:
         append_event(run_dir, "no_progress", step=step, starts=limit)
-        with contextlib.suppress(OSError):
-            write_status(run_dir, "failed", step=step, steps_done=0, retry=False, error=text)
-    raise ConfigError(text)
+    raise NoProgress(text)
 
 
 @contextlib.contextmanager

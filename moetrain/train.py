@@ -509,7 +509,15 @@ def run(config: Config) -> None:
 
 
 def _run(config: Config, watchdog: Watchdog) -> None:
-    trainer = Trainer(config, watchdog=watchdog)
+    try:
+        trainer = Trainer(config, watchdog=watchdog)
+    except Exception as error:
+        watchdog.failed(error)
+        if watchdog.rank == 0:
+            with contextlib.suppress(OSError):
+                again = {"retry": False} if isinstance(error, restarts.NoProgress) else {}
+                preempt.write_status(config.run_dir, "failed", step=0, steps_done=0, **again, error=preempt.first_line(error))
+        raise
     with preempt.reporting(config.run_dir, trainer):
         try:
             if trainer.step >= trainer.train_config.steps:

@@ -1,9 +1,9 @@
 """A thread on each rank that ends a run which hangs, and says where it hung: which rank, in which part of which step, in which collective.
 
 Every rank watches itself against three limits: the start (until the first step is done), a step (an evaluation counts batch by batch), and a
-checkpoint. On a breach it writes all Python stacks (RUN/watchdog/rankNNNNN.stacks.txt and standard error) and an event, has the other ranks do
-the same, and ends its process with `ENDED`, so that the launcher starts the ranks again. A collective that fails, because a peer died or was silent for longer than
-parallel.timeout_seconds, ends the rank with the same words.
+checkpoint. On a breach it writes all Python stacks (RUN/watchdog/rankNNNNN.stacks.txt and standard error) and an event, has the other ranks do the
+same, and ends its process with `ENDED`, so that the launcher starts the ranks again. A collective that fails, because a peer died or was silent for
+longer than parallel.timeout_seconds, ends the rank with the same words.
 
 Beside its stacks each rank keeps RUN/watchdog/rankNNNNN.json, what it is doing, renewed all the time. A rank that waits for another reads there
 which one is silent (stopped, or its machine is gone) and which is elsewhere. Nothing here is a collective, and no file is needed to end a rank.
@@ -188,7 +188,7 @@ class Watchdog:
         self.dump(message)
         self._event(event, **fields)
         with suppress(OSError):
-            write_status(self.run_dir, "failed", step=max(0, self._doing[2] - 1), error=message, rank=self.rank)
+            write_status(self.run_dir, "failed", step=max(0, self._doing[2] - 1), retry=True, error=message, rank=self.rank)
         with suppress(OSError):
             (self.run_dir / FOLDER / "ended").write_text(message + "\n", encoding="utf-8")
         if self.world > 1:

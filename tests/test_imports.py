@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": LIBRARY,
     "train": LIBRARY | {"evaluate", "preempt", "restarts", "stragglers", "watchdog"},
     "preempt": set(),
-    "restarts": CORE | {"preempt", "records"},
+    "restarts": CORE | {"records"},
     "stragglers": set(),
     "watchdog": CORE | {"preempt", "records"},
     "cluster": CORE | {"parallel", "__init__"},

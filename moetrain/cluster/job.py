@@ -11,6 +11,9 @@ from moetrain.config import ConfigError
 
 # As moetrain.preempt writes it to status.json, for grep.
 PREEMPTED = '"state": "preempted"'
+OVER = r'"state": "(finished|preempted)"|"retry": false|"state": "failed", "step": [0-9]+, "steps_done"'
+"""Another start would be of no use: done, asked to stop, or failed of itself (a lost peer leaves `"retry": true` in the place of steps_done)."""
+HOPELESS = '"retry": false'
 ENDED = '"state": "(finished|preempted|failed)"'
 
 LINT = "# shellcheck disable=SC2016,SC1003,SC2088  # what a user wrote stands between single quotes for itself, dollar, tilde and all"
