@@ -36,6 +36,6 @@ class StepTimes:
         steps, data, wait = zip(*self._steps)
         self._steps = []
         mine = torch.tensor([median(steps), max(steps), median(data), median(wait)], dtype=torch.float64, device=self._device)
-        every = mine.new_empty(dist.get_world_size(self._group) * len(_FIELDS))
-        dist.all_gather_into_tensor(every, mine, group=self._group)
-        return dict(zip(_FIELDS, every.view(-1, len(_FIELDS)).T.tolist()))
+        every = [torch.empty_like(mine) for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather(every, mine, group=self._group)
+        return dict(zip(_FIELDS, torch.stack(every, 1).tolist()))

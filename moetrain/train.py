@@ -96,6 +96,17 @@ class Trainer:
         self.group = dist.group.WORLD if self.world > 1 else None
         self.dtype = DTYPES[self.train_config.dtype]
 
+        self.checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", config.checkpoint)
+        self.watchdog.saving = lambda: self.checkpoints.saving
+        resume_step = self._together(self.checkpoints.latest)
+        if resume_step is not None and not config.resume:
+            raise ConfigError(
+                f"run_dir {config.run_dir} has a checkpoint of step {resume_step}; set resume: true to go on, or choose another run_dir"
+            )
+        self.starts = self._together(lambda: restarts.count_start(config.run_dir, resume_step or 0))
+        if 0 < config.watchdog.max_starts < self.starts and (resume_step or 0) < self.train_config.steps:
+            restarts.refuse(config.run_dir, resume_step or 0, config.watchdog.max_starts, self.rank)
+
         data = config.data
         vocab_size = self.model_config.vocab_size
         self.dataset = BlendedDataset(
@@ -117,16 +128,6 @@ class Trainer:
         """Where the time of the last step went, on this rank."""
         self.waited = 0.0  # of them, in the first collective
 
-        self.checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", config.checkpoint)
-        self.watchdog.saving = lambda: self.checkpoints.saving
-        resume_step = self._together(self.checkpoints.latest)
-        if resume_step is not None and not config.resume:
-            raise ConfigError(
-                f"run_dir {config.run_dir} has a checkpoint of step {resume_step}; set resume: true to go on, or choose another run_dir"
-            )
-        self.starts = self._together(lambda: restarts.count_start(config.run_dir, resume_step or 0))
-        if 0 < config.watchdog.max_starts < self.starts and (resume_step or 0) < self.train_config.steps:
-            restarts.refuse(config.run_dir, resume_step or 0, config.watchdog.max_starts, self.rank)
         self.meshes = meshes = build_meshes(self.parallel, self.device)
         if resume_step is None:
             self.model = build_model(config, self.device, meshes)

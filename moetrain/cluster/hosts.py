@@ -20,6 +20,7 @@ launch() {
     [ "$asked" -eq 0 ] || return 143
     "$@" </dev/null &
     child=$!
+    [ "$asked" -eq 0 ] || kill -TERM "$child" 2>/dev/null
     while :; do
         wait "$child"
         code=$?
