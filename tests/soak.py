@@ -85,6 +85,7 @@ class Soak:
         self.targets = [STEPS_PER_FAULT * (i + 1) + self.random.randrange(STEPS_PER_FAULT // 2) for i in range(faults)]
         self.steps = STEPS_PER_FAULT * (faults + 2) + SAVE_EVERY
         self.nans = {t: self.random.randrange(2) for t, k in zip(self.targets, self.kinds) if k == "NaN on one rank"}
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # as the scripts of `moetrain submit` have it
         os.environ[NANS] = json.dumps(self.nans)
         self.files = {}
         write_data(folder / "a", seed=1)

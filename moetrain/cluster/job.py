@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from moetrain.cluster.options import ClusterConfig
 from moetrain.config import ConfigError
 
+FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 # As moetrain.preempt writes it to status.json, for grep.
 PREEMPTED = '"state": "preempted"'
 OVER = r'"state": "(finished|preempted)"|"retry": false|"state": "failed", "step": [0-9]+, "steps_done"'
@@ -82,6 +83,8 @@ def surroundings(cluster: ClusterConfig, workdir: str) -> list[str]:
         'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"',
         "# Time that torchrun gives the ranks to save after SIGTERM.",
         f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={cluster.grace_seconds}",
+        "# A store of its own for each start of the ranks: in a shared one they find each other's addresses of the start before.",
+        f"export {FRESH_STORE}=1",
         *(f"export {name}={quote(value)}" for name, value in cluster.environment.items()),
     ]
     if cluster.setup_script is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from moetrain.cluster.job import ENDED, HOPELESS, PREEMPTED, Job, preflight_words, train_words
+from moetrain.cluster.job import ENDED, FRESH_STORE, HOPELESS, PREEMPTED, Job, preflight_words, train_words
 from moetrain.cluster.options import ClusterConfig
 from moetrain.config import ConfigError
 
@@ -114,6 +114,7 @@ def _pod_spec(cluster: ClusterConfig, job: Job, host: str) -> dict[str, Any]:
         "OMP_NUM_THREADS": "1",
         **cluster.environment,
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(cluster.grace_seconds),
+        FRESH_STORE: "1",
         "MOETRAIN_STATUS": job.status_file,
         "MOETRAIN_PREFLIGHT": str(int(cluster.preflight)),
         "MOETRAIN_MAX_RESTARTS": str(cluster.max_restarts),
