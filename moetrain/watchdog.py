@@ -145,8 +145,10 @@ class Watchdog:
                 asked = None
             if self._peer_ended() and self._ending.acquire(blocking=False):
                 # Without that rank this one could only wait until its own limit, or until the launcher's patience is at its end.
-                self._say(f"{self.doing}: another rank has ended the run; ending as well, in {self.where()}")
+                place = self.where()
+                self._say(f"error: {self.doing}: another rank has ended the run; ending as well, in {place}")
                 self.dump("another rank has ended the run")
+                self._event("peer_ended", doing=self.doing, where=place)
                 os._exit(ENDED)
             if self._parent is not None and os.getppid() != self._parent:
                 # Nobody would see how this rank ends nor start it again, and a new launcher may start another in its place.

@@ -33,6 +33,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from moetrain.checkpoint import find_damage, find_steps, read_full
+from moetrain.cluster.job import FRESH_STORE
 from moetrain.config import to_yaml
 from moetrain.metrics import deterministic_fields, read_records
 from moetrain.preempt import read_status
@@ -85,7 +86,7 @@ class Soak:
         self.targets = [STEPS_PER_FAULT * (i + 1) + self.random.randrange(STEPS_PER_FAULT // 2) for i in range(faults)]
         self.steps = STEPS_PER_FAULT * (faults + 2) + SAVE_EVERY
         self.nans = {t: self.random.randrange(2) for t, k in zip(self.targets, self.kinds) if k == "NaN on one rank"}
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # as the scripts of `moetrain submit` have it
+        os.environ[FRESH_STORE] = "1"  # as the scripts of `moetrain submit` have it
         os.environ[NANS] = json.dumps(self.nans)
         self.files = {}
         write_data(folder / "a", seed=1)

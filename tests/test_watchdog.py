@@ -87,7 +87,8 @@ def test_peers_follow(tmp_path: Path) -> None:
     said = [p.communicate(timeout=120)[1] for p in (hanging, waiting)]
     assert (hanging.returncode, waiting.returncode) == (ENDED, ENDED), said
     assert "moetrain rank 0: error: step 9, data: 1." in said[0] and "elsewhere: rank 1 (" in said[0] and ": step 8, optimizer, code of no" in said[0]
-    assert "moetrain rank 1: step 8, optimizer: another rank has ended the run" in said[1]
+    assert "moetrain rank 1: error: step 8, optimizer: another rank has ended the run" in said[1]
+    assert [(e["event"], e["rank"]) for e in events(tmp_path)] == [("watchdog", 0), ("peer_ended", 1)]
     assert "step 8, optimizer" in (tmp_path / "watchdog/rank00001.stacks.txt").read_text()
 
 
