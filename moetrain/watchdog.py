@@ -96,7 +96,9 @@ class Watchdog:
         self._read, self._write = os.pipe()
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
-        self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._old_wakeup: int | None = None
+        if threading.current_thread() is threading.main_thread():  # Python's own rule
+            self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._beat(0.0)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -105,7 +107,8 @@ class Watchdog:
         """Stop watching."""
         if self._thread is None:
             return
-        signal.set_wakeup_fd(self._old_wakeup)
+        if self._old_wakeup is not None:
+            signal.set_wakeup_fd(self._old_wakeup)
         os.write(self._write, b"\0")
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()

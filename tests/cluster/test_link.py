@@ -24,7 +24,7 @@ from tests import netns
 from tests.test_submit import SUBMIT, Place, steps, until
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, TIMEOUT = 60, 6
+STEPS, TIMEOUT = 36, 6
 COLLECTIVES = ("all_to_all", "all_reduce", "all_gather", "reduce_scatter")
 
 pytestmark = pytest.mark.skipif(netns.missing() is not None, reason=str(netns.missing()))
@@ -57,7 +57,7 @@ def test_cut_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         )  # fmt: skip
         log = tmp_path / "run.job/job.log"
         assert main(SUBMIT) == 0
-        until(lambda: steps(tmp_path / "run") > 23, "steps", log)
+        until(lambda: steps(tmp_path / "run") > 13, "steps", log)
         # One rank is stopped until the other is known to wait for it in an all-to-all.
         pid = int(str(doing(place, 1)["pid"]))
         for _ in range(200):
