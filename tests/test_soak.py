@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from moetrain.metrics import read_records
 from tests import soak
 
 
@@ -15,4 +16,6 @@ def test_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = soak.Soak(tmp_path, len(soak.KINDS), seed=1)
     run.go()
     print(run.table())
+    *_, last = read_records(run.run_dir)
+    assert {len(times) for times in last["ranks"].values()} == {2}, "a line of the last step compares the ranks"
     assert sum(len(rows) for rows in run.rows.values()) == len(run.kinds) == len(soak.KINDS)
