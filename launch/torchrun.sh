@@ -19,4 +19,6 @@ else
         --rdzv-id "${RUN_ID:-moetrain}" --rdzv-conf "is_host=$is_host")
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# A store of its own for each start of the ranks: in a shared one they find each other's addresses of the start before.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun "${rendezvous[@]}" --nproc-per-node "$processes" --max-restarts "${MAX_RESTARTS:-0}" -m moetrain train "$@"

@@ -74,6 +74,8 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._swept = False
+        self.saving: int | None = None
+        """Step that a thread is writing."""
 
     # ---------------------------------------------------------------------------------------------------------------- save
 
@@ -90,19 +92,27 @@ class Checkpoints:
         staged = _stage(tensors)
         if self.config.asynchronous and not wait:
             # daemon: a process that dies of an error elsewhere must not hang here waiting for ranks that are gone; a torn save leaves only .tmp
+            self.saving = step
             self._thread = threading.Thread(target=self._write_in_thread, args=(step, staged, text), name="checkpoint", daemon=True)
             self._thread.start()
         else:
             self._write(step, staged, text)
 
-    def wait(self) -> None:
-        """Wait for the save under way; raises its error (once)."""
+    def wait(self) -> bool:
+        """Wait for the save under way; whether there was one. Raises its error (once)."""
+        found = self._thread is not None
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+        return found
+
+    @property
+    def failure(self) -> BaseException | None:
+        """The error that `wait` is going to raise, as soon as this rank knows it. Not collective."""
+        return self._error
 
     def close(self) -> None:
         """Wait as `wait` does, and free the process group."""
@@ -118,6 +128,8 @@ class Checkpoints:
             self._write(step, staged, text)
         except BaseException as error:  # handed to the training thread by `wait`
             self._error = error
+        finally:
+            self.saving = None
 
     def _write(self, step: int, staged: dict[str, Tensor], text: str) -> None:
         final = self.folder / f"step-{step:08d}"
@@ -134,6 +146,7 @@ class Checkpoints:
         except BaseException:
             if self._rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
+                self._swept = False  # what can't be removed now is tried again by the next save
             raise
 
     def _prepare(self, temporary: Path) -> None:

@@ -258,7 +258,8 @@ def _usage() -> str:
 
 
 _SECTIONS = {
-    "prepare": ["prepare"], "upcycle": ["upcycle"], "train": ["train", "data", "parallel", "checkpoint", "log", "guard"], "eval": ["eval", "data"],
+    "prepare": ["prepare"], "upcycle": ["upcycle"], "eval": ["eval", "data"],
+    "train": ["train", "data", "parallel", "checkpoint", "watchdog", "log", "guard"],
     "generate": ["generate"], "export": ["export"], "report": ["report"],
 }  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,14 @@ def evaluate(
     group: dist.ProcessGroup | None,
     tasks: Mapping[str, str] | None = None,
     kinds: TokenKinds | None = None,
+    progress: Callable[[], object] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
     """By set: loss (nats per predicted token), perplexity, tokens; of a mixture, active (mean experts per token) and active_by_layer (of each
     MoE layer); where experts differ in size, mean_sized, how many of the mean size cost as much; load_by_layer, routes per expert of each MoE
     layer; with `kinds`, kinds: kind of token -> tokens and active_by_layer.
 
     batch_size: sequences per rank and forward pass. tasks: set -> the source whose tag its tokens have; a set that is not there has that of its
-    own name. Collective over `group`; every rank gets the same answer. The model is left in evaluation
+    own name. progress: called before each batch. Collective over `group`; every rank gets the same answer. The model is left in evaluation
     mode.
     """
     model.eval()
@@ -56,6 +57,7 @@ def evaluate(
             dataset, global_batch_size=batch_size * world, micro_batch_size=batch_size, dp_rank=rank, dp_world=world, prefetch=0
         ) as batches:
             while batches.state()["consumed_samples"] < len(dataset):
+                progress()
                 for batch in next(batches):
                     batch = {k: v.to(device) for k, v in batch.items()}
                     classes = None if kinds is None else (kinds.of(batch["tokens"], batch["positions"]), len(KINDS))

@@ -15,7 +15,6 @@ import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ import torch.distributed as dist
 
 from moetrain.config import LogConfig
 from moetrain.files import check_own, read_json
-from moetrain.records import EVENTS, METRICS, ROUTING, parse, read_records
+from moetrain.records import EVENTS, METRICS, ROUTING, event_line, parse, read_records
 
 _MEASURED = frozenset(
-    {"step_s", "data_s", "forward_backward_s", "optimizer_s", "eval_s", "tokens_per_s", "memory_bytes", "host_memory_bytes"}
+    {"step_s", "data_s", "forward_backward_s", "optimizer_s", "eval_s", "tokens_per_s", "memory_bytes", "host_memory_bytes", "ranks"}
 )  # differ between two runs of the same computation
 _WINDOW = 50  # steps over which the console averages speed
 
@@ -50,7 +49,7 @@ class Metrics:
         self._devices = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self._recent: deque[tuple[float, float, float]] = deque(maxlen=_WINDOW)
         self._first = True
-        self._files: list[Any] = []
+        self._files: list[_Lines] = []
         self._sinks: dict[str, Any] = {}
         self._print = _printer() if console and rank == 0 else None
         self._active = rank == 0
@@ -58,9 +57,11 @@ class Metrics:
             return
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        _cut(run_dir / METRICS, resume_step)
-        self._metrics, self._events = open(run_dir / METRICS, "a", encoding="utf-8"), open(run_dir / EVENTS, "a", encoding="utf-8")
+        last = _cut(run_dir / METRICS, resume_step)
+        self._metrics, self._events = _Lines(run_dir / METRICS), _Lines(run_dir / EVENTS)
         self._files = [self._metrics, self._events]
+        if last < resume_step:
+            self.event("metrics_lost", step=resume_step, first=last + 1, last=resume_step)
         for name, wanted, make in (("wandb", config.wandb, _Wandb), ("tensorboard", config.tensorboard, _TensorBoard)):
             if wanted:
                 sink = self._guarded(name, make, run_dir, config, resolved, resume_step)
@@ -74,7 +75,7 @@ class Metrics:
         record = _plain(record)
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             record["memory_bytes"] = torch.cuda.max_memory_reserved()
-        _append(self._metrics, record)
+        self._metrics.append((json.dumps(record) + "\n").encode())  # repr of a float reads back to the same float; else NaN or Infinity
         if self._print is not None:
             self._to_console(record)
         if self._sinks:
@@ -85,7 +86,7 @@ class Metrics:
     def event(self, kind: str, **fields: Any) -> None:
         """Write something that happened (restart, skipped step, checkpoint, ...) with the time, to events.jsonl."""
         if self._active:
-            _append(self._events, _plain({"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "event": kind, **fields}))
+            self._events.append(event_line(kind, **_plain(fields)))
 
     def tell(self, line: str) -> None:
         """A line for people, beside those of the steps."""
@@ -164,8 +165,8 @@ def flatten(record: dict[str, Any]) -> dict[str, float]:
         elif isinstance(value, (int, float)):  # bool too: a skipped step is 1
             flat[name] = value
 
-    # The load of each expert would be thousands of curves.
-    walk("", {k: v for k, v in record.items() if k not in ("step", "load")})
+    # The load of each expert and the times of each rank would be thousands of curves.
+    walk("", {k: v for k, v in record.items() if k not in ("step", "load", "ranks")})
     return flat
 
 
@@ -315,24 +316,46 @@ def _printer() -> Any:
     return lambda line: print(line, flush=True)
 
 
-def _cut(path: Path, step: int) -> None:
-    """Drop the lines after `step` and torn ones, at once or not at all."""
+def _cut(path: Path, step: int) -> int:
+    """Drop the lines after `step` and torn ones, at once or not at all. Returns the step of the last one kept, or 0."""
+    last = 0
     if not path.is_file():
-        return
+        return last
     part = path.with_name(path.name + ".tmp")
     with open(path, "rb") as old, open(part, "wb") as new:
         for line in old:
             record = parse(line)
             if record is not None and record["step"] <= step:
                 new.write(line)
+                last = record["step"]
         new.flush()
         os.fsync(new.fileno())
     part.replace(path)
+    return last
 
 
-def _append(file: Any, record: dict[str, Any]) -> None:
-    file.write(json.dumps(record) + "\n")  # repr of a float reads back to the same float; a loss that is not finite is NaN or Infinity
-    file.flush()
+class _Lines:
+    """Lines at the end of a file, each there when `append` returns. On a full disk they wait in memory for room: that costs no run."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._waiting, self._warned = path, bytearray(), False
+        self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
+    def append(self, line: bytes) -> None:
+        self._waiting += line
+        try:
+            while self._waiting:
+                del self._waiting[: os.write(self._handle, self._waiting)]
+        except OSError as error:
+            if not self._warned:
+                warnings.warn(f"{self._path}: {error.strerror}; its lines wait in memory", stacklevel=3)
+            self._warned = True
+
+    def close(self) -> None:
+        self.append(b"")
+        os.close(self._handle)
+        if self._waiting:
+            warnings.warn(f"{self._path}: its last {len(self._waiting)} bytes could not be written", stacklevel=2)
 
 
 def _plain(value: Any) -> Any:

@@ -81,21 +81,14 @@ def reporting(run_dir: str | Path, run: _Run) -> Iterator[None]:
 
     def write(state: str, **fields: Any) -> None:
         if run.rank == 0:
-            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            facts = {"state": state, "step": run.step, "steps_done": run.step - first, **fields, "host": socket.gethostname(), "time": now}
-            path = Path(run_dir) / STATUS
-            written = path.with_name(f"{STATUS}.{os.getpid()}.tmp")
-            # One line with the state first: scripts look for it with grep.
-            written.write_text(json.dumps(facts) + "\n", encoding="utf-8")
-            written.replace(path)
+            write_status(run_dir, state, step=run.step, steps_done=run.step - first, **fields)
 
     write("running")
     try:
         yield
     except BaseException as error:
-        text = (str(error).splitlines() or [""])[0]
         with suppress(OSError):  # a full disk may be what failed
-            write("failed", error=f"{type(error).__name__}: {text}" if text else type(error).__name__)
+            write("failed", error=first_line(error))
         raise
     for name in SIGNALS:
         if signal.getsignal(getattr(signal, f"SIG{name}")) is _note:
@@ -105,6 +98,23 @@ def reporting(run_dir: str | Path, run: _Run) -> Iterator[None]:
     else:
         write("preempted", signal=run.stopped)
     agreed(run.group, run.device)  # no rank ends before the file is there: what started it looks for it then
+
+
+def first_line(error: BaseException) -> str:
+    """Class and first line of an error."""
+    text = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def write_status(run_dir: str | Path, state: str, **fields: Any) -> None:
+    """Replace `status.json`. Raises OSError."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    facts = {"state": state, **fields, "host": socket.gethostname(), "time": now}
+    path = Path(run_dir) / STATUS
+    written = path.with_name(f"{STATUS}.{os.getpid()}.tmp")
+    # One line with the state first: scripts look for it with grep.
+    written.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    written.replace(path)
 
 
 def read_status(run_dir: str | Path) -> dict[str, Any] | None:

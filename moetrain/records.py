@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
+from contextlib import suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -28,3 +31,20 @@ def parse(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def event_line(kind: str, **fields: Any) -> bytes:
+    """A line of events.jsonl: something that happened, with the time."""
+    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    return (json.dumps({"time": now, "event": kind, **fields}) + "\n").encode()
+
+
+def append_event(run_dir: Path | str, kind: str, **fields: Any) -> None:
+    """Add to events.jsonl from any rank, while rank 0 may have it open: the line goes out in one write at the end of the file. An event that
+    can't be written is lost."""
+    with suppress(OSError):
+        handle = os.open(Path(run_dir) / EVENTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            os.write(handle, event_line(kind, **fields))
+        finally:
+            os.close(handle)

@@ -8,7 +8,9 @@ numbers as one that was not.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import resource
 import sys
 import time
@@ -21,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain import config as schema
-from moetrain import preempt
+from moetrain import preempt, restarts
 from moetrain.attention import describe_backends
 from moetrain.build import DTYPES, build_model, check_meta, empty_model, need
 from moetrain.checkpoint import Checkpoints
@@ -39,9 +41,11 @@ from moetrain.moe.losses import build_controller, coefficients
 from moetrain.moe.routers import changes_after_step
 from moetrain.moe.routing import StepCounts
 from moetrain.parallel.grads import gradient_norm, scale_gradients
-from moetrain.parallel.mesh import build_meshes, start_processes
+from moetrain.parallel.mesh import build_meshes, limit_collectives, start_processes
 from moetrain.parallel.parallelize import add_whole, clear_where
 from moetrain.records import EVENTS, METRICS, ROUTING
+from moetrain.stragglers import StepTimes
+from moetrain.watchdog import Watchdog
 
 
 def learning_rate_factor(step: int, steps: int, schedule: ScheduleConfig) -> float:
@@ -79,19 +83,32 @@ def parameter_groups(model: Transformer, config: Config) -> list[dict[str, Any]]
 class Trainer:
     """One rank's part of a run. Every rank makes one with the same config."""
 
-    def __init__(self, config: Config, *, console: bool = True) -> None:
-        """Raises ConfigError or ValueError for whatever can't work: layout, data, weights, checkpoint."""
+    def __init__(self, config: Config, *, console: bool = True, watchdog: Watchdog | None = None) -> None:
+        """watchdog: is told what the run is doing. Raises ConfigError or ValueError for whatever can't work: layout, data, weights, checkpoint."""
         need(config, "model", "train")
         self.config, self.train_config, self.model_config = config, config.train, config.model
         assert self.train_config is not None and self.model_config is not None, "checked by need()"
         if not config.data.train:
             raise ConfigError("data.train: no source to train on; give at least one name and path")
-        self.device = start_processes(config.parallel.timeout_seconds)
+        # Until the first step is done, ranks may be as far apart as the start may take.
+        self.device = start_processes(max(config.parallel.timeout_seconds, config.watchdog.start_seconds))
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.watchdog = watchdog or Watchdog(config.watchdog, config.run_dir, rank=self.rank, world=self.world)
         self.parallel = check_world(config, self.world)
         self.group = dist.group.WORLD if self.world > 1 else None
         self.dtype = DTYPES[self.train_config.dtype]
+
+        self.checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", config.checkpoint)
+        self.watchdog.saving = lambda: self.checkpoints.saving
+        resume_step = self._together(self.checkpoints.latest)
+        if resume_step is not None and not config.resume:
+            raise ConfigError(
+                f"run_dir {config.run_dir} has a checkpoint of step {resume_step}; set resume: true to go on, or choose another run_dir"
+            )
+        self.starts = self._together(lambda: restarts.count_start(config.run_dir, resume_step or 0))
+        if 0 < config.watchdog.max_starts < self.starts and (resume_step or 0) < self.train_config.steps:
+            restarts.refuse(config.run_dir, resume_step or 0, config.watchdog.max_starts, self.rank)
 
         data = config.data
         vocab_size = self.model_config.vocab_size
@@ -112,14 +129,9 @@ class Trainer:
         self.kinds = TokenKinds.of_tokenizer(self.tokenizer, vocab_size, self.device) if self.keep_routing and self.eval_sets else None
         self.seconds: dict[str, float] = {}
         """Where the time of the last step went, on this rank."""
+        self.waited = 0.0  # of them, in the first collective
 
-        self.checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", config.checkpoint)
-        resume_step = self._together(self.checkpoints.latest)
-        if resume_step is not None and not config.resume:
-            raise ConfigError(
-                f"run_dir {config.run_dir} has a checkpoint of step {resume_step}; set resume: true to go on, or choose another run_dir"
-            )
-        meshes = build_meshes(self.parallel, self.device)
+        self.meshes = meshes = build_meshes(self.parallel, self.device)
         if resume_step is None:
             self.model = build_model(config, self.device, meshes)
         else:
@@ -134,6 +146,9 @@ class Trainer:
         self.step = self.consumed_samples = self.tokens = self.updates = self.bad_in_a_row = self.skipped = 0
         self.mean_active: float | None = None
         self.saved = -1  # step of the last checkpoint that this process began
+        self.unsaved = 0  # checkpoints in a row that could not be written
+        self.told: OSError | None = None  # the last of them that an event has told of
+        self.times = StepTimes(self.group, self.device)
         self.stopped: str | None = None  # signal that ended the run before its last step
         self.fingerprint = self.dataset.fingerprint()
         damaged: dict[int, str] = {}
@@ -155,7 +170,9 @@ class Trainer:
         for step, reason in damaged.items():
             self.metrics.event("fallback", step=step, reason=reason)
         if self.step:
-            self.metrics.event("resume", step=self.step, ranks=self.world)
+            self.metrics.event("resume", step=self.step, ranks=self.world, start=self.starts)
+        elif self.starts > 1:
+            self.metrics.event("restart", step=0, ranks=self.world, start=self.starts)
         if console and self.rank == 0:
             print(self.describe(), flush=True)
         caution = None if self.model_config.moe is None else self.model_config.moe.router.caution()
@@ -209,7 +226,7 @@ class Trainer:
         return state
 
     def save(self, *, wait: bool = False) -> None:
-        """A checkpoint of the step just done."""
+        """A checkpoint of the step just done. Raises OSError when `checkpoint.max_failures` in a row could not be written."""
         meta = {
             "step": self.step,
             "consumed_samples": self.consumed_samples,
@@ -223,10 +240,58 @@ class Trainer:
             "tokenizer": self.tokenizer,
             "config": schema.to_dict(self.config),
         }
+        self.watchdog.enter("checkpoint", self.step)
         began = time.perf_counter()
-        self.checkpoints.save(self.step, self._state(), meta, wait=wait)
+        if self._written():
+            self.unsaved = 0
         self.saved = self.step
+        try:
+            self.checkpoints.save(self.step, self._state(), meta, wait=wait)
+        except OSError as error:
+            self._not_written(error)
+            return
+        if wait:
+            self.unsaved = 0
         self.metrics.event("checkpoint", step=self.step, seconds=time.perf_counter() - began)  # that training waited, not that writing took
+
+    def _written(self) -> bool:
+        """Wait for the save under way; whether there was one and it is whole."""
+        try:
+            return self.checkpoints.wait()
+        except OSError as error:
+            self._not_written(error)
+            return False
+
+    def _not_written(self, error: OSError) -> None:
+        """A checkpoint that can't be written (disk full, read-only) leaves the older ones as they were; the run goes on, if these are not too many
+        in a row. The same on all ranks."""
+        limit = self.config.checkpoint.max_failures
+        self._tell(error)
+        self.unsaved += 1
+        self.saved = -1
+        if self.unsaved >= limit:
+            raise OSError(f"{self.unsaved} checkpoints in a row could not be written (checkpoint.max_failures), the last for this reason: {error}")
+
+    def _tell(self, error: BaseException | None) -> None:
+        """Once for each failure; by the thread's own word before the next save asks for it."""
+        if isinstance(error, OSError) and error is not self.told:
+            self.told = error
+            self.metrics.event("checkpoint_failed", step=self.saved, error=str(error))
+            if self.rank == 0:
+                warnings.warn(f"the checkpoint of step {self.saved} could not be written: {error}; older ones are untouched", stacklevel=2)
+
+    def _save_last(self) -> None:
+        """The step at which the run ends: there is no next time, so a save that fails is tried again after a pause."""
+        pause = 1.0
+        while True:
+            if self._written():
+                self.unsaved = 0
+            if self.saved != self.step:
+                self.save(wait=True)
+            if self.saved == self.step:
+                return
+            time.sleep(pause)
+            pause *= 2
 
     def _check_same_model(self, step: int) -> None:
         """Before anything is loaded, so that the message names options and not shapes. A damaged checkpoint is left to `load`."""
@@ -268,12 +333,15 @@ class Trainer:
         train = self.train_config
         assert train is not None
         began = time.perf_counter()
+        self.watchdog.part("forward and backward")
         num_sources = len(self.config.data.train)
         with_load = self.load_every > 0 and ((self.step + 1) % self.load_every == 0 or self.step + 1 == train.steps)
         batches = [{k: v.to(self.device, non_blocking=True) for k, v in batch.items()} for batch in batches]
         count = torch.stack([(b["labels"] != IGNORE).sum() for b in batches]).sum().double()
+        sent = time.perf_counter()
         if self.group is not None:
             dist.all_reduce(count)
+        waited = time.perf_counter() - sent
         count = count.clamp(min=1)
         factors = coefficients(self.model_config, self.controller)
         factor = learning_rate_factor(self.step, train.steps, train.schedule)
@@ -302,6 +370,7 @@ class Trainer:
         numbers = torch.stack([norm, count]).tolist()
         grad_norm, tokens = numbers[0], int(numbers[1])
         computed = time.perf_counter()  # .tolist() has waited for the device
+        self.watchdog.part("optimizer")
         losses = {"lm": totals.lm / tokens, **{name: sum(values) for name, values in totals.losses.items()}}
         total = losses["lm"] + sum(f * v for name in factors for f, v in zip(factors[name], totals.losses[name]))
         good = math.isfinite(grad_norm) and math.isfinite(total)
@@ -337,7 +406,9 @@ class Trainer:
             record["load"] = relative_load(totals.loads)
         if with_load and self.keep_routing and self.rank == 0:
             found = zip(self.config.data.train, totals.class_tokens, totals.class_loads)
-            write_routing(self.config.run_dir, "train", self.step, {s.name: {"tokens": n, "load": load} for s, n, load in found if n})
+            self._write_routing("train", {s.name: {"tokens": n, "load": load} for s, n, load in found if n})
+        self.watchdog.loads = totals.loads
+        self.waited = waited
         self.seconds = {"forward_backward_s": computed - began, "optimizer_s": time.perf_counter() - computed}
         record["sources"] = {s.name: v for s, v in zip(self.config.data.train, totals.sources) if v["tokens"]}
         return {k: v for k, v in record.items() if v not in ({}, [], None)}
@@ -352,7 +423,12 @@ class Trainer:
         assert train is not None
         record: dict[str, Any] = {}
         with self._batches(self.dataset, train.global_batch_size, start_sample=self.consumed_samples, prefetch=config.data.prefetch) as batches:
+            first = self.step
             while self.step < train.steps:
+                if self.step > first:  # the first step belongs to the start
+                    self.watchdog.enter("step", self.step + 1, "data")
+                if self.step == first + 1:
+                    limit_collectives(self.meshes, config.parallel.timeout_seconds)
                 self.stopped = preempt.agreed(self.group, self.device)
                 if self.stopped is not None:
                     self.metrics.event("preempted", step=self.step, signal=self.stopped)
@@ -365,12 +441,16 @@ class Trainer:
                 seconds = time.perf_counter() - began
                 record |= {"step_s": seconds, "data_s": loaded - began, **self.seconds, "tokens_per_s": (self.tokens - before) / seconds}
                 record["host_memory_bytes"] = peak_memory()
+                self.times.add(seconds, loaded - began, self.waited)
                 if record["skipped"]:
                     self.metrics.event("skipped", step=self.step, loss=record["loss"], grad_norm=record["grad_norm"])
                 if self.eval_sets and train.eval_every and (self.step % train.eval_every == 0 or self.step == train.steps):
                     record["eval"] = self.evaluate()
                     record["eval_s"] = time.perf_counter() - began - seconds
+                if self.step % config.log.every == 0 or self.step == train.steps:
+                    record |= {"ranks": times} if (times := self.times.report()) else {}
                 self.metrics.log(record)
+                self._tell(self.checkpoints.failure)
                 if self.bad_in_a_row >= train.max_bad_steps:
                     raise RuntimeError(
                         f"step {self.step}: loss or gradient was not finite in {self.bad_in_a_row} steps in a row (loss {record['loss']}, "
@@ -378,8 +458,8 @@ class Trainer:
                     )
                 if config.checkpoint.every and self.step % config.checkpoint.every == 0 and self.step < train.steps:
                     self.save()
-        if record and self.saved != self.step:
-            self.save(wait=True)
+        if record:
+            self._save_last()
         return record
 
     def _batches(self, dataset: BlendedDataset, batch_size: int, **options: Any) -> BatchIterator:
@@ -393,14 +473,21 @@ class Trainer:
         results = evaluate(
             self.model, self.eval_sets, batch_size=self.train_config.micro_batch_size, dtype=self.dtype,
             isolate_documents=self.config.data.isolate_documents, device=self.device, group=self.group,
-            tasks=self.config.data.eval_tasks, kinds=self.kinds,
+            tasks=self.config.data.eval_tasks, kinds=self.kinds, progress=lambda: self.watchdog.enter("step", self.step, "evaluation"),
         )  # fmt: skip
         if self.keep_routing and self.rank == 0:
-            write_routing(self.config.run_dir, "eval", self.step, routing_sets(results))
+            self._write_routing("eval", routing_sets(results))
         return {name: {k: v for k, v in result.items() if not isinstance(v, (list, dict))} for name, result in results.items()}
+
+    def _write_routing(self, part: str, sets: dict[str, dict[str, Any]]) -> None:
+        try:
+            write_routing(self.config.run_dir, part, self.step, sets)
+        except OSError as error:  # a full disk: the next picture takes its place
+            warnings.warn(f"{error.filename}: {error.strerror}; the picture of the routing is that of an earlier step", stacklevel=2)
 
     def close(self) -> None:
         """Wait for writing threads and leave the process group."""
+        self.watchdog.enter("checkpoint", self.step, "end")
         self.checkpoints.close()
         self.metrics.close()
 
@@ -418,7 +505,29 @@ def _differences(old: Any, new: Any, name: str) -> list[str]:
 
 def run(config: Config) -> None:
     """`moetrain train`: the run of this rank, from launch to the last checkpoint."""
-    trainer = Trainer(config)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    watchdog = Watchdog(config.watchdog, config.run_dir, rank=rank, world=world, collective_seconds=config.parallel.timeout_seconds)
+    watchdog.start()
+    try:
+        with restarts.alone(config.run_dir) if rank == 0 else contextlib.nullcontext():
+            _run(config, watchdog)
+    except BaseException as error:
+        watchdog.failed(error)
+        raise
+    finally:
+        watchdog.close()
+
+
+def _run(config: Config, watchdog: Watchdog) -> None:
+    try:
+        trainer = Trainer(config, watchdog=watchdog)
+    except Exception as error:
+        watchdog.failed(error)
+        if watchdog.rank == 0:
+            with contextlib.suppress(OSError):
+                again = {"retry": False} if isinstance(error, restarts.NoProgress) else {}
+                preempt.write_status(config.run_dir, "failed", step=0, steps_done=0, **again, error=preempt.first_line(error))
+        raise
     with preempt.reporting(config.run_dir, trainer):
         try:
             if trainer.step >= trainer.train_config.steps:
@@ -427,6 +536,9 @@ def run(config: Config) -> None:
             trainer.train()
             if trainer.stopped is not None and trainer.rank == 0:
                 print(f"{trainer.stopped}: saved at step {trainer.step} of {trainer.train_config.steps}; the same command goes on from here")
+        except BaseException as error:
+            watchdog.failed(error)  # before `close`, which would wait for ranks that are gone
+            raise
         finally:
             trainer.close()
     if dist.is_initialized():

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,17 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason=
 class Run:
     """One start of `moetrain train`, with all processes that come of it."""
 
-    def __init__(self, config: Path, ranks: int) -> None:
+    def __init__(self, config: Path, ranks: int, command: Sequence[str] | None = None) -> None:
+        """command: instead of `moetrain train` under LAUNCH."""
         # Workers have sessions of their own, so that no process group holds them all; what they do inherit is the environment.
         self.mark = f"MOETRAIN_TEST_RUN={uuid.uuid4().hex}"
         name, _, value = self.mark.partition("=")
         environment = {**os.environ, name: value, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self.log = open(config.with_suffix(".log"), "ab+")
         self.process = subprocess.Popen(
-            [*LAUNCH[ranks], "-m", "moetrain", "train", "--config", str(config)], env=environment, stdout=self.log, stderr=self.log, cwd=config.parent
-        )
+            [*(command or [*LAUNCH[ranks], "-m", "moetrain"]), "train", "--config", str(config)],
+            env=environment, stdout=self.log, stderr=self.log, cwd=config.parent,
+        )  # fmt: skip
 
     def processes(self, mark: str = "") -> list[int]:
         """Those of this start, or of these the ones that have `mark` in their environment too."""

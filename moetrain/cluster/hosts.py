@@ -7,11 +7,26 @@ from __future__ import annotations
 
 import re
 
-from moetrain.cluster.job import LINT, Job, preflight_words, quote, quoted, surroundings, train_words
+from moetrain.cluster.job import LINT, OVER, Job, preflight_words, quote, quoted, surroundings, train_words
 from moetrain.cluster.options import ClusterConfig
 from moetrain.config import ConfigError
 
 _END = "END_OF_NODE"
+
+# torchrun starts its ranks again, but dies itself where it loses the rendezvous on the first host, by a link that is down for over a minute.
+_LAUNCH = r"""asked=0 child=
+trap 'asked=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM
+launch() {
+    [ "$asked" -eq 0 ] || return 143
+    "$@" </dev/null &
+    child=$!
+    [ "$asked" -eq 0 ] || kill -TERM "$child" 2>/dev/null
+    while :; do
+        wait "$child"
+        code=$?
+        kill -0 "$child" 2>/dev/null || return "$code"
+    done
+}"""
 
 _WATCH = r"""nodes=() others=() stopping=0 code=0
 # ssh without a terminal hands no signal on, so each node has left the process number of its launcher.
@@ -77,15 +92,21 @@ def render(cluster: ClusterConfig, job: Job) -> str:
         *surroundings(cluster, job.workdir),
         f"printf '%s\\n' \"$$\" >{quote(job.folder)}\"/node-$node.pid\"",
         "trap '' USR1 USR2",
-        "trap 'exit 143' TERM",
         f"python={quote(job.python)}",
+        *_LAUNCH.splitlines(),
     ]
     if cluster.preflight:
-        lines += [f"{torchrun} --rdzv-id preflight --max-restarts 0 {quoted(preflight_words(job.config_file))} </dev/null || exit"]
+        lines += [f"launch {torchrun} --rdzv-id preflight --max-restarts 0 {quoted(preflight_words(job.config_file))} || exit"]
     lines += [
-        # bash forgets a signal that comes between its trap's mark and exec; without the trap the signal ends it.
-        "trap - TERM",
-        f"exec {torchrun} --rdzv-id moetrain --max-restarts {cluster.max_restarts} {quoted(train_words(job.config_file))} </dev/null",
+        f"for ((left = {cluster.max_restarts}; ; left--)); do",
+        f"    launch {torchrun} --rdzv-id moetrain --max-restarts {cluster.max_restarts} {quoted(train_words(job.config_file))}",
+        "    code=$?",
+        f"    if [ \"$code\" -eq 0 ] || [ \"$asked\" -eq 1 ] || [ \"$left\" -eq 0 ] || grep -qsE -- '{OVER}' {quote(job.status_file)}; then",
+        '        exit "$code"',
+        "    fi",
+        '    echo "moetrain: host $node: its launcher has ended with status $code; starting another" >&2',
+        "    sleep 5",
+        "done",
         _END,
         '    } | "${ssh[@]}" "${hosts[$1]}" bash -s',
         "}",

@@ -9,8 +9,12 @@ from dataclasses import dataclass
 from moetrain.cluster.options import ClusterConfig
 from moetrain.config import ConfigError
 
+FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 # As moetrain.preempt writes it to status.json, for grep.
 PREEMPTED = '"state": "preempted"'
+OVER = r'"state": "(finished|preempted)"|"retry": false|"state": "failed", "step": [0-9]+, "steps_done"'
+"""Another start would be of no use: done, asked to stop, or failed of itself (a lost peer leaves `"retry": true` in the place of steps_done)."""
+HOPELESS = '"retry": false'
 ENDED = '"state": "(finished|preempted|failed)"'
 
 LINT = "# shellcheck disable=SC2016,SC1003,SC2088  # what a user wrote stands between single quotes for itself, dollar, tilde and all"
@@ -80,6 +84,8 @@ def surroundings(cluster: ClusterConfig, workdir: str) -> list[str]:
         'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"',
         "# Time that torchrun gives the ranks to save after SIGTERM.",
         f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={cluster.grace_seconds}",
+        "# A store of its own for each start of the ranks: in a shared one they find each other's addresses of the start before.",
+        f"export {FRESH_STORE}=1",
         *(f"export {name}={quote(value)}" for name, value in cluster.environment.items()),
     ]
     if cluster.setup_script is not None:

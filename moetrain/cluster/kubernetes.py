@@ -1,8 +1,9 @@
 """Kubernetes objects: the config as a ConfigMap, and the pods as a JobSet, or as an Indexed Job with a headless Service.
 
 One pod is one node. Pods have stable names, so the others find pod 0 by its own. A run that was asked to save and end leaves with status 75,
-which the pod failure policy does not count: the pods are made anew and go on. Any other failure is torchrun's to restart, then (JobSet) all pods
-together, then the end. Kubernetes expands `$(NAME)` in arguments and values; a dollar sign in a user's text is doubled against that.
+which the pod failure policy does not count: the pods are made anew and go on; one that does not come further leaves with 78, which ends the job.
+Any other failure is torchrun's to restart, then (JobSet) all pods together, then the end. Kubernetes expands `$(NAME)` in arguments and values; a
+dollar sign in a user's text is doubled against that.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from typing import Any
 
 import yaml
 
-from moetrain.cluster.job import ENDED, PREEMPTED, Job, preflight_words, train_words
+from moetrain.cluster.job import ENDED, FRESH_STORE, HOPELESS, PREEMPTED, Job, preflight_words, train_words
 from moetrain.cluster.options import ClusterConfig
 from moetrain.config import ConfigError
 
 CONFIG_FILE = "/etc/moetrain/config.yaml"
 PREEMPTED_STATUS = 75  # EX_TEMPFAIL
+HOPELESS_STATUS = 78  # EX_CONFIG
 
 # $@ is torchrun without its restarts; everything that a user named comes in as arguments or environment. The shell is process 1, which alone gets
 # the kubelet's SIGTERM.
@@ -45,6 +47,7 @@ for _ in 1 2 3 4 5 6 7 8 9 10; do  # a network file system may be late to show h
     sleep 1
 done
 if grep -qs -- '{PREEMPTED}' "$MOETRAIN_STATUS"; then exit {PREEMPTED_STATUS}; fi
+if grep -qs -- '{HOPELESS}' "$MOETRAIN_STATUS"; then exit {HOPELESS_STATUS}; fi
 exit "$code"
 """
 
@@ -73,7 +76,10 @@ def render(cluster: ClusterConfig, job: Job) -> str:
         job_spec = _job_spec(cluster, job, host=f"{job.name}-node-0-0.{job.name}", failures=0)
         spec = {
             "network": {"enableDNSHostnames": True, "subdomain": job.name, "publishNotReadyAddresses": True},
-            "failurePolicy": {"maxRestarts": cluster.max_restarts},
+            "failurePolicy": {
+                "maxRestarts": cluster.max_restarts,
+                "rules": [{"name": "no-progress", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+            },
             "replicatedJobs": [{"name": "node", "replicas": 1, "template": {"spec": job_spec}}],
         }
         documents = [config, {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": metadata, "spec": spec}]
@@ -83,6 +89,7 @@ def render(cluster: ClusterConfig, job: Job) -> str:
 def _job_spec(cluster: ClusterConfig, job: Job, *, host: str, failures: int) -> dict[str, Any]:
     ignored = [
         {"action": "Ignore", "onExitCodes": {"containerName": "moetrain", "operator": "In", "values": [PREEMPTED_STATUS]}},
+        {"action": "FailJob", "onExitCodes": {"containerName": "moetrain", "operator": "In", "values": [HOPELESS_STATUS]}},
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
     ]
     labels = {"app.kubernetes.io/name": "moetrain", "app.kubernetes.io/instance": job.name}
@@ -107,6 +114,7 @@ def _pod_spec(cluster: ClusterConfig, job: Job, host: str) -> dict[str, Any]:
         "OMP_NUM_THREADS": "1",
         **cluster.environment,
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(cluster.grace_seconds),
+        FRESH_STORE: "1",
         "MOETRAIN_STATUS": job.status_file,
         "MOETRAIN_PREFLIGHT": str(int(cluster.preflight)),
         "MOETRAIN_MAX_RESTARTS": str(cluster.max_restarts),

@@ -127,7 +127,7 @@ class ClusterConfig(Section):
     preflight: bool = True
     """Look at software, GPUs, network and disk on all ranks before the run (`moetrain doctor --ranks`)."""
     max_restarts: NonNegative = 3
-    """Times that torchrun starts the ranks again after one has died."""
+    """Times that torchrun starts the ranks again after one has died; with hosts, also that a host starts a torchrun again that has died."""
     grace_seconds: Positive = 30
     """Time between SIGTERM and the end by force: a step and a checkpoint must fit in. For Slurm no more than its KillWait."""
     slurm: SlurmOptions | None = None

@@ -67,4 +67,5 @@ from moetrain.config.sections import (
     Source,
     TrainConfig,
     UpcycleConfig,
+    WatchdogConfig,
 )

@@ -138,6 +138,21 @@ class CheckpointConfig(Section):
     """Write while training goes on."""
     signals: list[Literal["TERM", "USR1", "USR2", "HUP"]] = ["TERM", "USR2"]
     """After one of these all ranks save at the same step and the run ends; the same command goes on from there."""
+    max_failures: Positive = 3
+    """So many checkpoints in a row that can't be written (disk full, read-only) end the run; before that the next one is tried in its time."""
+
+
+class WatchdogConfig(Section):
+    """A rank that stays in one place for longer writes all stacks to RUN/watchdog and ends, so that its launcher starts it again. 0: no limit."""
+
+    start_seconds: NonNegativeFloat = 1800.0
+    """From the start to the end of the first step, loading and compiling included."""
+    step_seconds: NonNegativeFloat = 900.0
+    """A step, or a batch of an evaluation. More than parallel.timeout_seconds, as a collective that fails says more."""
+    checkpoint_seconds: NonNegativeFloat = 1800.0
+    """From the beginning of a checkpoint until it is written, also while training goes on beside it."""
+    max_starts: NonNegative = 10
+    """Starts in a row, by a launcher or a scheduler, from the same checkpoint; the run does not begin another. 0: no limit."""
 
 
 class LogConfig(Section):
@@ -328,6 +343,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     log: LogConfig = LogConfig()
     guard: GuardConfig = GuardConfig()
     prepare: PrepareConfig | None = None

@@ -443,6 +443,7 @@ class _Stream:
         length = min(size + 1, self.num_tokens - begin)
         places, starts = self._places(epoch, begin, length)
         ids = self._reader.tokens[places].astype(np.int64)
+        self._reader.check()
         if self._vocab_size is not None and not (ids.min() >= 0 and ids.max() < self._vocab_size):
             raise ValueError(
                 self._beyond_vocabulary(int(ids.max() if ids.min() >= 0 else ids.min()), self._vocab_size)

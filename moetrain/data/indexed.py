@@ -198,16 +198,11 @@ class IndexedReader:
         self._offsets = part("<i8", sequences, HEADER.size + 4 * sequences)
         self._bounds = part("<i8", bounds, HEADER.size + 12 * sequences)
         self.num_tokens = self._check_index(idx)
-        expected, found = self.num_tokens * self.dtype.itemsize, bin_.stat().st_size
-        if found != expected:
-            raise ValueError(
-                f"{bin_}: cut short or not the partner of its .idx: expected {expected} bytes "
-                f"({self.num_tokens} tokens of {self.dtype}), found {found}"
-            )
+        self._check_size(bin_.stat().st_size)
         # An empty file can't be mapped.
-        self.tokens = (
-            np.memmap(bin_, dtype=self.dtype, mode="r").view(np.ndarray) if found else np.empty(0, self.dtype)
-        )
+        mapped = np.memmap(bin_, dtype=self.dtype, mode="r") if self.num_tokens else None
+        self._map = None if mapped is None else mapped._mmap  # its size() is that of the file
+        self.tokens = np.empty(0, self.dtype) if mapped is None else mapped.view(np.ndarray)
 
     def _check_index(self, idx: Path) -> int:
         """Check that sequences follow each other without a gap; return the number of tokens."""
@@ -234,6 +229,21 @@ class IndexedReader:
             if np.any(np.diff(self._bounds[first : first + CHUNK + 1]) < 0):
                 raise ValueError(f"{idx}: corrupt: document boundaries run backwards")
         return position
+
+    def check(self) -> None:
+        """Raise ValueError if the mapped file has another size by now: up to the end of its last page a file that
+        was cut reads as zeros, which are tokens like any other.
+        """
+        if self._map is not None:
+            self._check_size(self._map.size())
+
+    def _check_size(self, found: int) -> None:
+        expected = self.num_tokens * self.dtype.itemsize
+        if found != expected:
+            raise ValueError(
+                f"{with_suffix(self.prefix, '.bin')}: cut short or not the partner of its .idx: expected {expected} "
+                f"bytes ({self.num_tokens} tokens of {self.dtype}), found {found}"
+            )
 
     def document_starts(self, first: int, stop: int, step: int = 1) -> np.ndarray:
         """Position in `tokens` where documents first, first+step, ... < stop begin, (k,) int64.

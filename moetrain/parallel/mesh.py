@@ -65,6 +65,18 @@ def build_meshes(parallel: ParallelConfig, device: torch.device) -> Meshes | Non
     return Meshes(dense, experts, root["ep"] if parallel.ep > 1 else None)
 
 
+def limit_collectives(meshes: Meshes | None, timeout_seconds: float) -> None:
+    """From now on a collective over all ranks or over an axis ends with an error after so long. A group made for an axis else has its backend's own
+    limit (gloo: 30 minutes), whatever the whole group was given."""
+    if meshes is None:
+        return
+    groups = {dist.group.WORLD}
+    for mesh in (meshes.dense, meshes.experts, meshes.ep):
+        groups |= set() if mesh is None else set(mesh.get_all_groups())
+    for group in groups:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
+
+
 def _join(root: DeviceMesh, parallel: ParallelConfig, name: str) -> DeviceMesh:
     # A mesh of its own: slicing a flattened axis together with a plain one is not possible in every torch from 2.10 on.
     return init_device_mesh(root.device_type, (parallel.dp_replicate, parallel.dp_shard * parallel.ep), mesh_dim_names=("dp_replicate", name))

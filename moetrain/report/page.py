@@ -20,7 +20,9 @@ from moetrain.report.routing import divergence, has_w_shape
 _HERE = Path(__file__).parent
 _EVENT_ROWS = 300
 _COMPARED = 48  # sets between which divergence is taken: their pairs grow with the square
-_BAD = frozenset({"skipped", "fallback", "guard"})
+_BAD = frozenset({
+    "skipped", "fallback", "guard", "checkpoint_failed", "collective_failed", "peer_ended", "watchdog", "no_progress", "metrics_lost",
+})  # fmt: skip
 _TIMES = {"data_s": "waiting for data", "forward_backward_s": "forward, backward, all-to-all", "optimizer_s": "optimizer"}
 # Curves with a place of their own on the page; every other one is drawn among the router's.
 _KNOWN = frozenset({"loss", "lm", "grad_norm", "lr", "tokens_per_s", "step_s", "eval_s", "memory_bytes", "host_memory_bytes", *_TIMES})

@@ -394,6 +394,32 @@ def test_hosts_run_no_name(tmp_path: Path, counter: Any, texts: list[str], names
     assert played.value == secret and secret not in text + played.said + json.dumps(played.calls)
 
 
+@pytest.mark.parametrize(
+    ("status", "starts"),
+    [
+        (None, 3),  # the launcher itself was lost
+        ('{"state": "running", "step": 3, "steps_done": 3}', 3),
+        ('{"state": "failed", "step": 3, "retry": true, "error": "x"}', 3),
+        ('{"state": "failed", "step": 3, "steps_done": 3, "error": "ValueError: x"}', 1),
+        ('{"state": "failed", "step": 0, "steps_done": 0, "retry": false}', 1),
+        ('{"state": "preempted", "step": 3, "steps_done": 3}', 1),
+    ],
+)  # fmt: skip
+def test_a_host_starts_its_launcher_again(status: str | None, starts: int, tmp_path: Path) -> None:
+    """At most max_restarts times, and not where another start would end like this one."""
+    stage = Stage(tmp_path / "stage")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    job = dataclasses.replace(JOB, workdir=str(folder), run_dir=str(folder), folder=str(folder), python=str(stage.bin / "python3"))
+    write = "" if status is None else f"printf '%s\\n' '{status}' >{folder}/status.json\n"
+    stage.program(stage.bin / "python3", f"#!/bin/bash\necho start >>{folder}/starts\n{write}exit 1\n")
+    script = tmp_path / "job.sh"
+    script.write_text(render({"preflight": False, "max_restarts": 2, "hosts": {"hosts": ["n1"]}}, job))
+    played = stage.play(["bash", str(script)])
+    assert (folder / "starts").read_text().count("start") == starts and played.code == 1
+    assert played.said.count("its launcher has ended with status 1; starting another") == starts - 1
+
+
 @drawn
 @given(texts=st.lists(hostile, min_size=6, max_size=6), names=st.lists(hostile_name, min_size=1, max_size=1))
 def test_kubernetes_runs_no_name(tmp_path: Path, counter: Any, texts: list[str], names: list[str]) -> None:

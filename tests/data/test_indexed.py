@@ -199,3 +199,21 @@ def test_broken_meta(tmp_path):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(ValueError, match="x.json"):
             read_meta(tmp_path / "x")
+
+
+def test_a_file_that_is_cut_while_it_is_read(tmp_path):
+    """Its last page would read as zeros; the reader says so, and is content when the bytes are there again."""
+    with IndexedWriter(tmp_path / "x", np.uint16) as writer:
+        writer.add_document(np.arange(1, 100, dtype=np.uint16))
+    reader = IndexedReader(tmp_path / "x")
+    reader.check()
+    whole = (tmp_path / "x.bin").read_bytes()
+    with open(tmp_path / "x.bin", "r+b") as file:
+        file.truncate(50)
+        assert reader.tokens[60] == 0
+        with pytest.raises(ValueError, match=r"x\.bin: cut short .* expected 198 bytes .*, found 50"):
+            reader.check()
+        file.write(whole)
+    reader.check()
+    (tmp_path / "x.bin").unlink()  # a mapped file that is removed stays as it was
+    reader.check()
