@@ -1,7 +1,7 @@
 """Moving a threshold so that a mean number of routes is held (ours).
 
 A router counts in each step how many routes there would have been with its threshold moved by each of OFFSETS; from these the threshold is known
-that would have met the target on the step's tokens, and it goes there, or a part of the way. No gain depends on the model.
+that would have met the target on the step's tokens, and it goes a part of the way there. No gain depends on the model.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moetrain.config import ModelConfig, SigmoidSteRouter
 from moetrain.moe.routers.base import router_for
 from moetrain.moe.routing import Decision, Routing, TokenContext, recorded, token_count, uniform
-from moetrain.moe.target import OFFSETS, log_odds, offset_to
+from moetrain.moe.target import OFFSETS, log_odds, step_to
 
 
 @router_for(SigmoidSteRouter)
@@ -70,9 +70,7 @@ class SigmoidSte(nn.Module):
         """sums: as `trials` made them, over the step and all ranks."""
         if self.threshold is not None and sums["tokens"] > 0:
             assert self.options.target_active is not None, "a threshold is moved for a target"
-            # The whole way: the loss keeps the gates on the move, and a part of the way would follow them at a distance.
-            offset = offset_to((sums["routes"] / sums["tokens"]).tolist(), self.options.target_active)
-            yield "threshold", torch.tensor([offset], dtype=torch.float64)
+            yield "threshold", step_to((sums["routes"] / sums["tokens"]).tolist(), self.options.target_active)
 
     def decide(self, gates: Tensor, context: TokenContext) -> Decision:
         active = gates > self.cut(gates)
