@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.config import LanguageFamilyRouter, ModelConfig
-from moetrain.moe.balance import product_of_shares
 from moetrain.moe.routers.base import router_for
-from moetrain.moe.routing import Decision, Routing, TokenContext, global_load, recorded, token_count
+from moetrain.moe.routers.softmax import as_mask, decision_of, largest, with_balance
+from moetrain.moe.routing import Decision, Routing, TokenContext, recorded
 
 
 @router_for(LanguageFamilyRouter)
@@ -30,19 +30,12 @@ class LanguageFamily(nn.Module):
         logits = nn.functional.linear(x.to(dtype), self.weight.to(dtype))
         scores = torch.softmax(logits, -1)
         decision: Decision = recorded(lambda: self.decide(logits.detach(), context))
-        assert decision.load is not None, "decided with the load"
-        shares = scores if context.valid is None else scores * context.valid[:, None]
-        balance = product_of_shares(decision.load, shares, token_count(context, x))
-        return Routing(decision, scores * decision.active, {"balance": balance})
+        return with_balance(scores, scores, decision, context)
 
     def decide(self, logits: Tensor, context: TokenContext) -> Decision:
-        # A stable sort: among equal scores the lower expert wins.
-        order = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, : self.options.top_k]
+        order = largest(logits, self.options.top_k)
         if self.training and context.tags is not None:
             own = torch.tensor(self.experts, device=logits.device)[context.tags.clamp(min=0)]
             missing = (context.tags >= 0) & (order != own[:, None]).all(-1)
             order = torch.cat((order[:, :-1], torch.where(missing, own, order[:, -1])[:, None]), -1)
-        active = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, True)
-        if context.valid is not None:
-            active = active & context.valid[:, None]
-        return Decision(active, load=global_load(active, context.group if torch.is_grad_enabled() else None))
+        return decision_of(as_mask(order, logits.shape[1]), context)

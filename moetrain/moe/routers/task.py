@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.config import ModelConfig, TaskRouter
-from moetrain.moe.balance import product_of_shares
 from moetrain.moe.routers.base import router_for
-from moetrain.moe.routing import Decision, Routing, TokenContext, global_load, recorded, token_count
+from moetrain.moe.routers.softmax import as_mask, decision_of, largest, with_balance
+from moetrain.moe.routing import Decision, Routing, TokenContext, recorded
 
 
 @router_for(TaskRouter)
@@ -36,27 +36,13 @@ class Task(nn.Module):
             table = x.new_zeros(len(options.branches), self.num_experts, dtype=dtype)
             for row, name in enumerate(options.tag_names()):
                 table[row, options.branches[name]] = 1 / len(options.branches[name])
-            decision: Decision = recorded(lambda: self.decide(table > 0, tags, context))
+            decision: Decision = recorded(lambda: decision_of(table[tags] > 0, context))
             return Routing(decision, table[tags] * decision.active)
         logits = self.weight.to(dtype)
         scores = torch.softmax(logits, -1)
-        decision = recorded(lambda: self.decide(largest(logits.detach(), options.top_k), tags, context))
-        table = scores * largest(logits.detach(), options.top_k)
+        chosen = as_mask(largest(logits.detach(), options.top_k), self.num_experts)
+        decision = recorded(lambda: decision_of(chosen[tags], context))
+        table = scores * chosen
         if options.normalize:
             table = table / table.sum(-1, keepdim=True)
-        assert decision.load is not None, "decided with the load"
-        shares = scores[tags] if context.valid is None else scores[tags] * context.valid[:, None]
-        balance = product_of_shares(decision.load, shares, token_count(context, x))
-        return Routing(decision, table[tags] * decision.active, {"balance": balance})
-
-    def decide(self, table: Tensor, tags: Tensor, context: TokenContext) -> Decision:
-        active = table[tags]
-        if context.valid is not None:
-            active = active & context.valid[:, None]
-        return Decision(active, load=global_load(active, context.group if torch.is_grad_enabled() else None))
-
-
-def largest(logits: Tensor, top_k: int) -> Tensor:
-    """(..., E) bool: the k largest; among equals the lower expert."""
-    order = torch.sort(logits, dim=-1, descending=True, stable=True).indices[..., :top_k]
-    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, True)
+        return with_balance(table[tags], scores[tags], decision, context)
