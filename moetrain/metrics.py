@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from moetrain.config import LogConfig
 from moetrain.files import check_own, read_json
-from moetrain.records import EVENTS, METRICS, ROUTING, event_line, parse, read_records
+from moetrain.records import EVENTS, METRICS, ROUTING, count_events, event_line, parse, read_records
 
 _MEASURED = frozenset(
     {"step_s", "data_s", "forward_backward_s", "optimizer_s", "eval_s", "tokens_per_s", "memory_bytes", "host_memory_bytes", "ranks"}
@@ -58,6 +58,8 @@ class Metrics:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         last = _cut(run_dir / METRICS, resume_step)
+        # Of earlier starts too: what ended a rank could not be told to a sink by the process that it ended.
+        self._happened = count_events(run_dir)
         self._metrics, self._events = _Lines(run_dir / METRICS), _Lines(run_dir / EVENTS)
         self._files = [self._metrics, self._events]
         if last < resume_step:
@@ -79,7 +81,7 @@ class Metrics:
         if self._print is not None:
             self._to_console(record)
         if self._sinks:
-            step, scalars = record["step"], flatten(record)
+            step, scalars = record["step"], flatten(record) | {f"events/{kind}": count for kind, count in self._happened.items()}
             for name, sink in list(self._sinks.items()):
                 self._guarded(name, sink.log, step, scalars)
 
@@ -87,6 +89,7 @@ class Metrics:
         """Write something that happened (restart, skipped step, checkpoint, ...) with the time, to events.jsonl."""
         if self._active:
             self._events.append(event_line(kind, **_plain(fields)))
+            self._happened[kind] += 1
 
     def tell(self, line: str) -> None:
         """A line for people, beside those of the steps."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -31,6 +32,15 @@ def parse(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def count_events(run_dir: Path | str) -> Counter[str]:
+    """How often each kind of event stands in events.jsonl; nothing where there is no file."""
+    try:
+        with open(Path(run_dir) / EVENTS, "rb") as file:
+            return Counter(str(event.get("event")) for line in file if (event := parse(line)) is not None)
+    except OSError:
+        return Counter()
 
 
 def event_line(kind: str, **fields: Any) -> bytes:

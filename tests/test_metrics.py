@@ -14,6 +14,7 @@ import torch
 import moetrain.metrics as metrics
 from moetrain.config import LogConfig
 from moetrain.metrics import Metrics, console_line, deterministic_fields, flatten, plots, read_records, relative_load, write_routing
+from moetrain.records import append_event
 
 RESOLVED = {"train": {"steps": 20, "lr": 3e-4}}
 
@@ -211,6 +212,24 @@ def test_tensorboard(tmp_path):
     accumulator.Reload()
     assert [(e.step, e.value) for e in accumulator.Scalars("lr")] == [(1, 1), (2, 2), (3, 3), (4, 304), (5, 305), (6, 306), (7, 307)]
     assert accumulator.Scalars("moe/dead/layer_01")[0].value == 2
+
+
+def test_sinks_count_events(tmp_path):
+    """As curves: a restart or a skipped step shows where people look, also one that an earlier start or another rank has written."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    append_event(tmp_path, "watchdog", step=0, rank=1)
+    sink = Metrics(tmp_path, LogConfig(tensorboard=True), resolved=RESOLVED, console=False)
+    for step in (1, 2):
+        sink.event("skipped", step=step)
+        sink.log(_record(step))
+    sink.close()
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
+    accumulator.Reload()
+    assert [e.value for e in accumulator.Scalars("events/skipped")] == [1, 2]
+    assert [e.value for e in accumulator.Scalars("events/watchdog")] == [1, 1]
+    assert not any("events" in key for record in read_records(tmp_path) for key in record)
 
 
 def test_a_sink_that_breaks_is_switched_off(tmp_path, monkeypatch):
