@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,9 +54,19 @@ def build_model(config: Config, device: torch.device, meshes: Meshes | None) -> 
     if config.init_from is None:
         named = ((n, initial_tensor(n, p.shape, config.model, config.train.seed)) for n, p in list(model.named_parameters()))
     else:
-        named = huggingface.read_tensors(Path(config.init_from), config.model)
+        folder = Path(config.init_from)
+        new = _new_thresholds(config.model, folder)
+        started = ((n, initial_tensor(n, shape, config.model, config.train.seed)) for n, shape in new.items())
+        named = itertools.chain(huggingface.read_tensors(folder, config.model, without=new), started)
     fill(model, named, config.init_from or "start weights")
     return model
+
+
+def _new_thresholds(config: ModelConfig, folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the routers' thresholds that the folder has no place for by its own config.json: `target_active` was set after the weights
+    were written. They start where the options say."""
+    own = huggingface.parameter_shapes(huggingface.read_config(folder))
+    return {n: shape for n, shape in huggingface.parameter_shapes(config).items() if n.endswith(".router.threshold") and n not in own}
 
 
 def empty_model(config: ModelConfig, train: TrainConfig, device: torch.device, meshes: Meshes | None) -> Transformer:

@@ -68,6 +68,9 @@ def alone(run_dir: Path | str) -> Iterator[None]:
     path = Path(run_dir) / LOCK
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir {run_dir}: can't be made a folder: {error.strerror}; choose another run_dir") from None
+    try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise ConfigError(f"run_dir {run_dir}: can't be written: {error.strerror}; choose another run_dir") from None

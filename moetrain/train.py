@@ -28,6 +28,7 @@ from moetrain.attention import describe_backends
 from moetrain.build import DTYPES, build_model, check_meta, empty_model, need
 from moetrain.checkpoint import Checkpoints
 from moetrain.config import Config, ConfigError, ScheduleConfig, check_world
+from moetrain.convert.huggingface import parameter_shapes
 from moetrain.data.dataset import IGNORE, BatchIterator, BlendedDataset, EvalSet, Source
 from moetrain.data.indexed import read_meta
 from moetrain.data.kinds import TokenKinds
@@ -308,6 +309,11 @@ class Trainer:
         changed = [] if old is None else _differences(old, new, "model")
         training = frozenset() if self.model_config.moe is None else self.model_config.moe.router.TRAINING
         fixed = [line for line in changed if line.split(":")[0].rpartition(".")[2] not in training]
+        if not fixed and old is not None:
+            # An option of training may bring parameters with it: a trimmed router has thresholds.
+            before = schema.config_from_dict({"model": old}).model
+            assert before is not None, "it was read"
+            fixed = [] if parameter_shapes(before).keys() == parameter_shapes(self.model_config).keys() else changed
         if fixed:
             raise ConfigError(f"run_dir {self.config.run_dir}: its checkpoint is of another model: {'; '.join(fixed)}. Use another run_dir")
 

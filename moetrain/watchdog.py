@@ -115,7 +115,8 @@ class Watchdog:
         os.close(self._read)
         os.close(self._write)
         self._thread = None
-        self._path("json").unlink(missing_ok=True)
+        with suppress(OSError):
+            self._path("json").unlink(missing_ok=True)
 
     def _watch(self) -> None:
         # Seconds are added up by ticks, so that the time in which this process itself was stopped does not count.

@@ -3,12 +3,14 @@ controllers' states survive a resume under another layout of ranks."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from moetrain.config import config_from_dict
+from moetrain.config import config_from_dict, to_dict
+from moetrain.convert.huggingface import write_model
 from moetrain.data.indexed import IndexedWriter
 from moetrain.train import Trainer
 from tests.test_ranks import config_of
@@ -108,3 +110,27 @@ def test_a_slot_used_anew_has_no_moments(tmp_path):
         moments = trainer.optimizer.state[trainer.parameters[f"{name}.{part}"]]
         assert not moments["exp_avg"][6].any() and not moments["exp_avg_sq"][6].any()
         assert moments["exp_avg"][:6].any() and moments["exp_avg_sq"][:6].all()
+
+
+def test_a_target_set_after_the_conversion(tmp_path):
+    """Weights written without one have no thresholds: these start where the option says. A run that goes on can't get them, and is told so."""
+    write_data(tmp_path / "a", seed=1)
+    write_data(tmp_path / "b", documents=20, seed=2)
+    held = to_dict(config_of("dsmoe_threshold", tmp_path, (1, 1, 1), tmp_path / "run"))
+
+    def started(router: dict, **changes: str) -> Trainer:
+        model = held["model"]
+        tree = {**held, "model": {**model, "moe": {**model["moe"], "router": {**model["moe"]["router"], **router}}}, **changes}
+        return Trainer(config_from_dict(tree), console=False)
+
+    for name in ("trim", "controller_factor", "target_over"):
+        held["model"]["moe"]["router"].pop(name, None)
+    first = started({"target_active": None})
+    write_model(tmp_path / "hf", first.model_config, ((n, p.detach().float()) for n, p in first.parameters.items()))
+    first.train()
+    first.close()
+    second = started({"threshold": 0.4}, run_dir=str(tmp_path / "other"), init_from=str(tmp_path / "hf"))
+    second.close()
+    assert second.parameters["layers.0.ffn.router.threshold"].item() == pytest.approx(math.log(0.4 / 0.6))
+    with pytest.raises(ValueError, match="its checkpoint is of another model: model.moe.router.target_active: None there, 3.0 here"):
+        started({})

@@ -153,7 +153,7 @@ class SigmoidSteRouter(BudgetOptions):
     input: Literal["normed", "residual"] = "normed"
     """What the gates see: the FFN's input after the norm (the paper), or the residual stream before it."""
 
-    TRAINING: ClassVar[frozenset[str]] = BudgetOptions.TRAINING | {"ste", "probe_rate", "sparsity_on", "rescale_gradient"}
+    TRAINING: ClassVar[frozenset[str]] = BudgetOptions.TRAINING | {"ste", "probe_rate", "sparsity_on", "rescale_gradient", "trim"}
 
     @property
     def moves_threshold(self) -> bool:

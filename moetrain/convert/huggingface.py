@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -502,8 +502,8 @@ def _dense_key(name: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------- tensors in
 
 
-def read_tensors(folder: str | Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """(our name, tensor) of every parameter, in the stored dtype, in the order of `parameter_shapes`.
+def read_tensors(folder: str | Path, config: ModelConfig, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """(our name, tensor) of every parameter but those of `without`, in the stored dtype, in the order of `parameter_shapes`.
 
     Files are mapped into memory; one parameter (the experts of a layer: one stacked tensor) exists at a time. All keys and shapes are
     checked before this returns: ValueError lists keys that are missing or that this model has no place for.
@@ -511,7 +511,8 @@ def read_tensors(folder: str | Path, config: ModelConfig) -> Iterator[tuple[str,
     folder = Path(folder)
     files = ExitStack()
     try:
-        plan, where = _plan(folder, config, files)
+        shapes = {name: shape for name, shape in parameter_shapes(config).items() if name not in without}
+        plan, where = _plan(folder, config, shapes, files)
     except BaseException:
         files.close()
         raise
@@ -527,7 +528,9 @@ def _read_planned(
             yield name, (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
 
 
-def _plan(folder: Path, config: ModelConfig, files: ExitStack) -> tuple[list[tuple[str, tuple[int, ...], _Stored]], dict[str, Any]]:
+def _plan(
+    folder: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...]], files: ExitStack
+) -> tuple[list[tuple[str, tuple[int, ...], _Stored]], dict[str, Any]]:
     where: dict[str, Any] = {}  # key -> open file
     origin: dict[str, Path] = {}
     for path in _weight_files(folder):
@@ -541,7 +544,7 @@ def _plan(folder: Path, config: ModelConfig, files: ExitStack) -> tuple[list[tup
                 raise ValueError(f"{path}: tensor {key} is in {origin[key].name} too")
             where[key], origin[key] = handle, path
     plan, missing, used = [], [], set()
-    for name, shape in parameter_shapes(config).items():
+    for name, shape in shapes.items():
         # Of the layouts the one of which most is there, so that a single lost expert is named and not the whole layer.
         stored = max(_layouts(name, shape, "moetrain", config), key=lambda s: sum(k in where for k in s.keys) / max(1, len(s.keys)))
         missing += [key for key in stored.keys if key not in where]
