@@ -36,13 +36,16 @@ class Task(nn.Module):
             table = x.new_zeros(len(options.branches), self.num_experts, dtype=dtype)
             for row, name in enumerate(options.tag_names()):
                 table[row, options.branches[name]] = 1 / len(options.branches[name])
-            decision: Decision = recorded(lambda: decision_of(table[tags] > 0, context))
+            decision: Decision = recorded(lambda: self.decide(table > 0, tags, context))
             return Routing(decision, table[tags] * decision.active)
         logits = self.weight.to(dtype)
         scores = torch.softmax(logits, -1)
         chosen = as_mask(largest(logits.detach(), options.top_k), self.num_experts)
-        decision = recorded(lambda: decision_of(chosen[tags], context))
+        decision = recorded(lambda: self.decide(chosen, tags, context))
         table = scores * chosen
         if options.normalize:
             table = table / table.sum(-1, keepdim=True)
         return with_balance(table[tags], scores[tags], decision, context)
+
+    def decide(self, table: Tensor, tags: Tensor, context: TokenContext) -> Decision:
+        return decision_of(table[tags], context)
