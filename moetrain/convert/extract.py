@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moetrain.config import ModelConfig, TaskRouter
-from moetrain.moe.routers.task import largest
+from moetrain.moe.routers.softmax import largest
 
 
 def task_config(config: ModelConfig, task: str) -> ModelConfig:
@@ -48,7 +48,7 @@ def task_tensors(config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], tas
 def _joined(router: TaskRouter, parts: dict[str, Tensor], task: str) -> dict[str, Tensor]:
     if router.tasks:
         logits = parts["router.weight"][router.tasks.index(task)].double()
-        experts = largest(logits, router.top_k).nonzero().flatten().tolist()
+        experts = sorted(largest(logits, router.top_k).tolist())
         weights = logits.softmax(-1)[experts]
         weights = weights / weights.sum() if router.normalize else weights
     else:
