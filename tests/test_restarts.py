@@ -65,5 +65,5 @@ def test_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Ca
     holder.communicate()
     with restarts.alone(tmp_path):
         pass
-    with pytest.raises(ConfigError, match="can't be written"), restarts.alone(tmp_path / "lock" / "inside"):
+    with pytest.raises(ConfigError, match="can't be made a folder"), restarts.alone(tmp_path / "lock" / "inside"):
         pass
