@@ -18,9 +18,9 @@ from tests.test_train import rank_main, start, write_data
 
 STEPS = 300
 BUDGETS = {
-    "dsmoe": {"type": "sigmoid_ste", "target_active": 3.0},
-    "dsmoe_2": {"type": "sigmoid_ste", "target_active": 2.0},
-    "dsmoe_by_layer": {"type": "sigmoid_ste", "target_active": 4.0, "target_over": "layer"},
+    "dsmoe": {"type": "sigmoid_ste", "trim": True, "target_active": 3.0},
+    "dsmoe_2": {"type": "sigmoid_ste", "trim": True, "target_active": 2.0},
+    "dsmoe_by_layer": {"type": "sigmoid_ste", "trim": True, "target_active": 4.0, "target_over": "layer"},
     "remoe": {"type": "remoe", "target_active": 2.0},
     "xmoe": {"type": "xmoe", "target_active": 2.4},
 }

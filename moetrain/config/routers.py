@@ -140,7 +140,7 @@ class SigmoidSteRouter(BudgetOptions):
     """The count of Eq. 8 in backward: a constant (Eqs. 13-16), or straight-through like the gates."""
     sparsity_coef: NonNegativeFloat = 1.0
     """Eq. 19 has 1; the start value when `target_active` is set."""
-    trim: bool = True
+    trim: bool = False
     """`target_active` only. Each layer's threshold moves from `threshold` by what the layer's mean takes to be the target, in training and, as it
     stands, at inference; the coefficient goes on holding the mean that there would be at `threshold` itself."""
     sparsity_on: Literal["active", "all"] = "active"
