@@ -18,9 +18,9 @@ from tests.test_train import rank_main, start, write_data
 
 STEPS = 300
 BUDGETS = {
-    "dsmoe": {"type": "sigmoid_ste", "trim": True, "target_active": 3.0},
-    "dsmoe_2": {"type": "sigmoid_ste", "trim": True, "target_active": 2.0},
-    "dsmoe_by_layer": {"type": "sigmoid_ste", "trim": True, "target_active": 4.0, "target_over": "layer"},
+    "dsmoe": {"type": "sigmoid_ste", "target_active": 3.0},
+    "dsmoe_2": {"type": "sigmoid_ste", "target_active": 2.0},
+    "dsmoe_by_layer": {"type": "sigmoid_ste", "target_active": 4.0, "target_over": "layer"},
     "remoe": {"type": "remoe", "target_active": 2.0},
     "xmoe": {"type": "xmoe", "target_active": 2.4},
 }
@@ -129,8 +129,8 @@ def test_a_target_set_after_the_conversion(tmp_path):
     write_model(tmp_path / "hf", first.model_config, ((n, p.detach().float()) for n, p in first.parameters.items()))
     first.train()
     first.close()
-    second = started({"threshold": 0.4, "trim": True}, run_dir=str(tmp_path / "other"), init_from=str(tmp_path / "hf"))
+    second = started({"threshold": 0.4}, run_dir=str(tmp_path / "other"), init_from=str(tmp_path / "hf"))
     second.close()
     assert second.parameters["layers.0.ffn.router.threshold"].item() == pytest.approx(math.log(0.4 / 0.6))
     with pytest.raises(ValueError, match="its checkpoint is of another model: model.moe.router.target_active: None there, 3.0 here"):
-        started({"trim": True})
+        started({})

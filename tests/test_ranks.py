@@ -17,8 +17,8 @@ from tests.test_train import layout_id, make_config, start, write_data
 
 # Each entry: options below `model.moe` ({"router": {...}, ...}), and with keys such as `model__num_layers` options of other sections.
 BUDGETS: dict[str, dict[str, Any]] = {
-    "dsmoe_by_layer": {"router": {"type": "sigmoid_ste", "target_active": 3.0, "sparsity_coef": 0.1, "target_over": "layer"}},
-    "dsmoe_threshold": {"router": {"type": "sigmoid_ste", "target_active": 3.0, "trim": True}},
+    "dsmoe_by_layer": {"router": {"type": "sigmoid_ste", "target_active": 3.0, "sparsity_coef": 0.1, "target_over": "layer", "trim": False}},
+    "dsmoe_threshold": {"router": {"type": "sigmoid_ste", "target_active": 3.0}},
     "budget": {
         "router": {"type": "budget", "target_active": 2.5, "normalize": False, "output_scale": 2.0, "balance_coef": 0.1,
             "z_coef": 0.01, "cut_rate": 0.3},

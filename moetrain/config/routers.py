@@ -140,9 +140,10 @@ class SigmoidSteRouter(BudgetOptions):
     """The count of Eq. 8 in backward: a constant (Eqs. 13-16), or straight-through like the gates."""
     sparsity_coef: NonNegativeFloat = 1.0
     """Eq. 19 has 1; the start value when `target_active` is set."""
-    trim: bool = False
+    trim: bool = True
     """`target_active` only. Each layer's threshold moves from `threshold` by what the layer's mean takes to be the target, in training and, as it
-    stands, at inference; the coefficient goes on holding the mean that there would be at `threshold` itself."""
+    stands, at inference; the coefficient goes on holding the mean that there would be at `threshold` itself. false leaves the threshold where
+    the paper has it, and may miss the target: a coefficient can't open gates."""
     sparsity_on: Literal["active", "all"] = "active"
     """Eq. 18 as printed pushes the gates above the threshold (active); `all` pushes every gate."""
     bias: bool = False

@@ -45,7 +45,7 @@ LATENT = MLAConfig(q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=8, qk_rope_
 MODELS = {
     "dsmoe": dict(router=SigmoidSteRouter()),
     "threshold": dict(router=SigmoidSteRouter(threshold=0.7, rescale="none")),
-    "moved_threshold": dict(router=SigmoidSteRouter(threshold=0.6, target_active=2.0, trim=True)),
+    "moved_threshold": dict(router=SigmoidSteRouter(threshold=0.6, target_active=2.0)),
     "top1": dict(router=SigmoidSteRouter(threshold=0.8, zero_routes="top1")),
     "no_rescale_in_eval": dict(router=SigmoidSteRouter(rescale_in_eval=False)),
     "bias": dict(router=SigmoidSteRouter(bias=True, bias_init=-0.5)),

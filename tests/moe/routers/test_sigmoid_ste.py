@@ -110,7 +110,7 @@ def test_evaluation_has_no_probes_and_the_same_output():
 
 def test_the_moved_threshold():
     """What is counted at it and at the options' own, which gates the sparsity loss presses, and that evaluation keeps it."""
-    router = SigmoidSteRouter(target_active=2.0, threshold=0.4, trim=True)
+    router = SigmoidSteRouter(target_active=2.0, threshold=0.4)
     _, x, _ = layer_and_input(SigmoidSteRouter(), 50)
     ours = MoELayer(model_config(router), 1).double()
     ours.router.weight.data = torch.randn(ours.router.weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
