@@ -115,7 +115,7 @@ struct ExpertsArgs {
   int64_t dim;            // D
   int64_t expert_dim;     // F
   void* pre;              // (R, 2 F): written by forward, read by backward
-  void* activation;       // (R + 8, experts_row_elements(F)), temporary
+  void* activation;       // (R + 8, experts_row_elements(F)), temporary; backward
   void* grad_pre;         // (R + 8, 2 F), temporary; backward
   void* out;              // (N, D); forward
   void* grad_rows;        // (N, D), or null; backward, as those below

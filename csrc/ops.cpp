@@ -419,11 +419,9 @@ std::tuple<Tensor, Tensor> experts(Tensor rows, Tensor gate_up, Tensor down, Ten
   weights = *checked_weights(op, weights, e.rows, a.num_routes);
   Tensor out = empty_large({a.num_rows, a.dim}, e.rows.scalar_type(), e.rows);
   Tensor pre = empty_large({a.num_routes, 2 * a.expert_dim}, e.rows.scalar_type(), e.rows);
-  Tensor activation = e.temporary(cpu::experts_row_elements(a.dtype, a.expert_dim));
   a.weights = static_cast<const float*>(weights.const_data_ptr());
   a.out = out.mutable_data_ptr();
   a.pre = pre.mutable_data_ptr();
-  a.activation = activation.mutable_data_ptr();
   e.run(cpu::experts_forward, ExpertsPass::forward);
   return {out, pre};
 }

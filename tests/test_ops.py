@@ -251,8 +251,9 @@ def test_random_routes(num_tokens, num_experts, density, dim, dtype, seed):
 # an expert than one chunk or one sum takes; many experts with one route or none; nothing at all.
 BLOCKS = [
     (150, 64, 64, 4, 0.5), (50, 33, 7, 6, 0.4), (40, 20, 131, 3, 0.3), (1, 16, 16, 2, 1.0), (1100, 18, 10, 2, 0.95), (64, 130, 32, 256, 0.02),
-    (9, 66, 65, 3, 0.0), (0, 8, 8, 3, 1.0), (30, 320, 40, 3, 0.7), (5, 1, 1, 3, 0.9),
+    (9, 66, 65, 3, 0.0), (0, 8, 8, 3, 1.0), (30, 320, 40, 3, 0.7), (5, 1, 1, 3, 0.9), (1500, 832, 200, 2, 0.9),
 ]  # fmt: skip
+"""(N, D, F, E, density). The last: several chunks of an expert, groups of panels, slices of sums, depths and groups of columns."""
 
 
 def experts_case(sizes, dtype):

@@ -3,12 +3,14 @@
 //
 // Nothing of size (R, D) exists. A block's rows are gathered where they are needed, its float32 result is finished while it is in
 // cache, and what experts add to one token is added in float32 in a slice of columns, expert after expert: so a sum's order does
-// not depend on threads, which share out whole tasks.
+// not depend on threads, which share out whole tasks. Forward keeps the pre-activations alone: each slice computes the activations
+// again, block by block, which costs less than the memory for all of them.
 #include <atomic>
 #include <vector>
 
 #include "../kernels.h"
 #include "brgemm.h"
+#include "finish.h"
 #include "layout.h"
 #include "math.h"
 #include "parallel.h"
@@ -17,114 +19,14 @@ namespace moetrain::cpu {
 
 namespace {
 
-constexpr int64_t kRows = 64;      // of a block's product
-constexpr int64_t kColumns = 64;   // of a panel of weights; gate and up together have twice as many
-constexpr int64_t kChunk = 512;    // rows that share a packed panel; more rows of an expert pack it again
-constexpr int64_t kDepth = 512;    // of a product that sums over rows: a few sizes, each of which is a compiled kernel
-constexpr int64_t kRowStep = 8;    // a last block's rows are rounded up to this, a last sum's depth to kDepthStep, for the same reason
+constexpr int64_t kRows = 64;               // of a block's product
+constexpr int64_t kChunk = 1024;            // rows that share packed panels; more rows of an expert pack them again
+constexpr int64_t kAdded = 128;             // columns of sums that are added to at once
+constexpr int64_t kSliceColumns = 1024;     // of a sum over experts
+constexpr int64_t kPanelBytes = 512 << 10;  // of panels that every block of rows reads, and of operands read again and again: half a core's L2
+constexpr int64_t kDepth = 1024;            // of a product that sums over rows: a few sizes, each of which is a compiled kernel
+constexpr int64_t kRowStep = 8;  // a last block's rows are rounded up to this, a last sum's depth to kDepthStep, for the same reason
 constexpr int64_t kDepthStep = 16;
-
-// ---- the ends of products: a block of float32 in, the tensors' type out ----
-
-// c: (rows, 2 * kColumns): gate | up. Rounds them, and computes the activation from the rounded numbers, as backward will.
-template <class T>
-MOETRAIN_INLINE void finish_forward(
-    const float* c, int64_t rows, int64_t n, const float* weights, T* gate, T* up, int64_t ld, T* activation, int64_t ld_activation) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* c_gate = c + r * 2 * kColumns;
-    const float* c_up = c_gate + kColumns;
-    const float weight = weights[r];
-    MOETRAIN_INDEPENDENT
-    for (int64_t j = 0; j < n; ++j) {
-      store(gate[r * ld + j], c_gate[j]);
-      store(up[r * ld + j], c_up[j]);
-      const float g = load(gate[r * ld + j]);
-      store(activation[r * ld_activation + j], weight * (g * sigmoid(g) * load(up[r * ld + j])));
-    }
-  }
-}
-
-MOETRAIN_INLINE float sum_of(const float* products) {
-  float lanes[16] = {};
-  for (int64_t j = 0; j < kColumns; j += 16) {
-    for (int64_t lane = 0; lane < 16; ++lane) lanes[lane] += products[j + lane];
-  }
-  for (int64_t width = 8; width > 0; width /= 2) {
-    for (int64_t lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-  }
-  return lanes[0];
-}
-
-// c: (rows, kColumns), the gradient of silu(gate) * up before the weight. With s = sigmoid(g): silu'(g) = s + g s (1 - s).
-template <class T>
-MOETRAIN_INLINE void finish_backward(
-    const float* c, int64_t rows, int64_t n, const float* weights, const T* gate, const T* up, T* grad_gate, T* grad_up, int64_t ld,
-    T* activation, int64_t ld_activation, float* grad_weights) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* grad = c + r * kColumns;
-    const T *g_row = gate + r * ld, *u_row = up + r * ld;
-    T *dg_row = grad_gate + r * ld, *du_row = grad_up + r * ld, *a_row = activation + r * ld_activation;
-    const float weight = weights[r];
-    float products[kColumns];
-    MOETRAIN_INDEPENDENT
-    for (int64_t j = 0; j < n; ++j) {
-      const float g = load(g_row[j]), u = load(u_row[j]), s = sigmoid(g);
-      const float silu = g * s, a = silu * u, upstream = weight * grad[j];
-      products[j] = grad[j] * a;
-      store(a_row[j], weight * a);
-      store(du_row[j], upstream * silu);
-      store(dg_row[j], upstream * u * (s + silu * (1.0f - s)));
-    }
-    for (int64_t j = n; j < kColumns; ++j) products[j] = 0.0f;
-    grad_weights[r] += sum_of(products);
-  }
-}
-
-// pre: (rows, 2 * kColumns): gate | up. c: (rows, kColumns). out[r] += <c, silu(gate) * up>
-MOETRAIN_MULTIVERSION void finish_probe(const float* pre, const float* c, int64_t rows, int64_t n, float* out) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const float *gate = pre + r * 2 * kColumns, *up = gate + kColumns, *grad = c + r * kColumns;
-    float products[kColumns];
-    MOETRAIN_INDEPENDENT
-    for (int64_t j = 0; j < n; ++j) products[j] = grad[j] * (gate[j] * sigmoid(gate[j]) * up[j]);
-    for (int64_t j = n; j < kColumns; ++j) products[j] = 0.0f;
-    out[r] += sum_of(products);
-  }
-}
-
-// sums[tokens[r]] += c[r], rows of sums ld apart
-MOETRAIN_MULTIVERSION void add_rows(const float* c, int64_t rows, int64_t n, const int32_t* tokens, float* sums, int64_t ld) {
-  for (int64_t r = 0; r < rows; ++r) {
-    float* sum = sums + tokens[r] * ld;
-    const float* row = c + r * kColumns;
-    MOETRAIN_INDEPENDENT
-    for (int64_t j = 0; j < n; ++j) sum[j] += row[j];
-  }
-}
-
-template <class T>
-MOETRAIN_INLINE void store_rows(const float* c, int64_t ldc, int64_t rows, int64_t n, T* out, int64_t ldo) {
-  for (int64_t r = 0; r < rows; ++r) {
-    MOETRAIN_INDEPENDENT
-    for (int64_t j = 0; j < n; ++j) store(out[r * ldo + j], c[r * ldc + j]);
-  }
-}
-
-#define MOETRAIN_FINISHES(T)                                                                                               \
-  MOETRAIN_MULTIVERSION void forward_end(                                                                                  \
-      const float* c, int64_t rows, int64_t n, const float* w, T* gate, T* up, int64_t ld, T* a, int64_t lda) {            \
-    finish_forward(c, rows, n, w, gate, up, ld, a, lda);                                                                   \
-  }                                                                                                                        \
-  MOETRAIN_MULTIVERSION void backward_end(                                                                                 \
-      const float* c, int64_t rows, int64_t n, const float* w, const T* gate, const T* up, T* dg, T* du, int64_t ld, T* a, \
-      int64_t lda, float* dw) {                                                                                            \
-    finish_backward(c, rows, n, w, gate, up, dg, du, ld, a, lda, dw);                                                      \
-  }                                                                                                                        \
-  MOETRAIN_MULTIVERSION void store_end(const float* c, int64_t ldc, int64_t rows, int64_t n, T* out, int64_t ldo) {        \
-    store_rows(c, ldc, rows, n, out, ldo);                                                                                 \
-  }
-MOETRAIN_FINISHES(float)
-MOETRAIN_FINISHES(bfloat16)
 
 // ---- tasks and scratch ----
 
@@ -136,9 +38,12 @@ std::vector<Chunk> chunks_of(const ExpertsArgs& a) {
   std::vector<Chunk> chunks;
   int64_t begin = 0;
   for (int64_t e = 0; e < a.num_experts; ++e) {
-    const int64_t end = begin + a.counts[e];
-    for (; begin < end; begin += kChunk) chunks.push_back({e, begin, std::min(begin + kChunk, end)});
-    begin = end;
+    const int64_t end = begin + a.counts[e], pieces = (a.counts[e] + kChunk - 1) / kChunk;
+    for (int64_t left = pieces; left > 0; --left) {
+      const int64_t size = std::min(end - begin, round_up((end - begin + left - 1) / left, kRows));
+      chunks.push_back({e, begin, begin + size});
+      begin += size;
+    }
   }
   return chunks;
 }
@@ -179,55 +84,69 @@ void for_tasks(const ExpertsArgs& a, int64_t num_tasks, const Body& body) {
   });
 }
 
-// Columns of a slice, in which one task adds up its rows: few passes over the routes, but a task for each thread and sums that stay near.
-int64_t slice_columns(const ExpertsArgs& a) {
+// Columns of a slice, in which one task adds up its rows: few passes over the routes, but a task for each thread. Forward, which is there for as
+// long as what it keeps, makes the halves of its sums beside the result (SplitSums) an eighth of that at most.
+int64_t slice_columns(const ExpertsArgs& a, bool forward) {
   const int64_t share = round_up((a.dim + a.num_threads - 1) / a.num_threads, kColumns);
-  return std::min<int64_t>(share, 4 * kColumns);
+  int64_t most = kSliceColumns;
+  if (forward && a.dtype == DType::bf16 && a.num_rows > 0) {
+    const int64_t kept = a.num_rows * a.dim + a.num_routes * 2 * a.expert_dim;
+    most = std::clamp(kept / 8 / (a.num_rows * a.num_threads) / kColumns * kColumns, kColumns, kSliceColumns);
+  }
+  return std::min(share, most);
 }
 
+// How many of `columns` columns, in whole panels, have panels of `bytes` each that stay in cache together.
+int64_t columns_in_cache(int64_t columns, int64_t bytes) {
+  return std::min(round_up(columns, kColumns), std::max<int64_t>(1, kPanelBytes / std::max<int64_t>(1, bytes)) * kColumns);
+}
+
+// The rows of a chunk, gathered while the first panels are used. If these are all the panels there are, a block's rows are used once.
+template <class T>
+struct ChunkRows {
+  T* memory;
+  int64_t ld, step;
+
+  static int64_t size(const ExpertsArgs& a, bool once) {
+    return (once ? kRows : std::min(kChunk, round_up(most_rows(a), kRowStep))) * even<T>(a.dim);
+  }
+  ChunkRows(Scratch& s, const ExpertsArgs& a, bool once) : memory(s.take<T>(size(a, once))), ld(even<T>(a.dim)), step(once ? 0 : ld) {}
+
+  // Rows r .. r + kRows of the chunk, zeros up to a rounded number; from `data` if they are not there yet.
+  const T* block(const void* data, const ExpertsArgs& a, const Chunk& chunk, int64_t r, bool first) const {
+    T* out = memory + r * step;
+    if (first) {
+      const int64_t size = std::min(kRows, chunk.end - chunk.begin - r);
+      gather(Rows<T>{static_cast<const T*>(data), a.dim, a.tokens + chunk.begin + r}, size, a.dim, out, ld);
+      std::fill_n(out + size * ld, (round_up(size, kRowStep) - size) * ld, T{});
+    }
+    return out;
+  }
+};
+
+// Panels of `sides` matrices, and a block of rows' products with all of them: finished together, so that memory is read and written in whole rows.
 template <class T>
 struct UpScratch {
-  T *rows, *panel;
+  int64_t columns;  // of F at a time
+  ChunkRows<T> rows;
+  T* panels;
   float* c;
-  UpScratch(Scratch& s, const ExpertsArgs& a)
-      : rows(s.take<T>(std::min(kChunk, round_up(most_rows(a), kRowStep)) * even<T>(a.dim))),
-        panel(s.take<T>(even<T>(a.dim) * 2 * kColumns)),
-        c(s.take<float>(kRows * 2 * kColumns)) {}
+  UpScratch(Scratch& s, const ExpertsArgs& a, int64_t sides)
+      : columns(columns_in_cache(a.expert_dim, sides * even<T>(a.dim) * kColumns * sizeof(T))),
+        rows(s, a, columns >= a.expert_dim),
+        panels(s.take<T>(sides * even<T>(a.dim) * columns)),
+        c(s.take<float>(sides * kRows * columns)) {}
 };
 
 template <class T>
 struct SumScratch {
-  float *sums, *c;
-  T* panel;
-  SumScratch(Scratch& s, const ExpertsArgs& a)
-      : sums(s.take<float>(a.num_rows * slice_columns(a))),
-        c(s.take<float>(kRows * kColumns)),
-        panel(s.take<T>(even<T>(2 * a.expert_dim) * slice_columns(a))) {}
-};
-
-template <class T>
-struct WeightScratch {
-  T *left, *staging, *right;
-  float* c;
-  WeightScratch(Scratch& s, const ExpertsArgs& a, int64_t columns)
-      : left(s.take<T>(depth(a) * kColumns)),
-        staging(s.take<T>(depth(a) * kColumns)),
-        right(s.take<T>(depth(a) * std::max(columns, round_up(a.expert_dim, kColumns)))),
-        c(s.take<float>(kColumns * kColumns)) {}
-  static int64_t depth(const ExpertsArgs& a) { return round_up(most_rows(a), kDepthStep); }
-};
-
-template <class T>
-struct ProbeScratch {
-  T *rows, *grads, *panel, *down;
-  float *pre, *c;
-  ProbeScratch(Scratch& s, const ExpertsArgs& a)
-      : rows(s.take<T>(std::min(kChunk, round_up(most_rows(a), kRowStep)) * even<T>(a.dim))),
-        grads(s.take<T>(std::min(kChunk, round_up(most_rows(a), kRowStep)) * even<T>(a.dim))),
-        panel(s.take<T>(even<T>(a.dim) * 2 * kColumns)),
-        down(s.take<T>(even<T>(a.dim) * kColumns)),
-        pre(s.take<float>(kRows * 2 * kColumns)),
-        c(s.take<float>(kRows * kColumns)) {}
+  float *sums, *c;  // of a bfloat16 result: the sums, or room for their lower halves
+  T *left, *panels;
+  SumScratch(Scratch& s, const ExpertsArgs& a, int64_t columns, bool forward)
+      : sums(s.take<float>(sizeof(T) == 4 ? 0 : a.num_rows * columns / (forward ? 2 : 1))),
+        c(s.take<float>(kRows * kAdded)),
+        left(s.take<T>(kRows * even<T>(a.expert_dim))),
+        panels(s.take<T>(even<T>(2 * a.expert_dim) * columns)) {}
 };
 
 // Columns of D whose weight gradients are one task: all of them for one thread, since a task prepares its expert's other operand.
@@ -236,105 +155,168 @@ int64_t group_columns(const ExpertsArgs& a) {
   return a.num_threads == 1 ? whole : std::min<int64_t>(whole, 512);
 }
 
+template <class T>
+struct WeightScratch {
+  T *left, *staging, *right;
+  float *c, *turned;
+  WeightScratch(Scratch& s, const ExpertsArgs& a)
+      : left(s.take<T>(depth(a) * round_up(2 * a.expert_dim, kColumns))),
+        staging(s.take<T>(depth(a) * round_up(2 * a.expert_dim, kColumns))),
+        right(s.take<T>(right_size(a))),
+        c(s.take<float>(kColumns * group_columns(a))),
+        turned(s.take<float>(kColumns * round_up(a.expert_dim, kColumns))) {}
+  static int64_t depth(const ExpertsArgs& a) { return round_up(most_rows(a), kDepthStep); }
+  static int64_t columns_of(const ExpertsArgs& a, int64_t K) { return columns_in_cache(group_columns(a), K * kColumns * sizeof(T)); }
+  // An expert with fewer rows takes more columns.
+  static int64_t right_size(const ExpertsArgs& a) {
+    return std::max<int64_t>(depth(a) * kColumns, std::min<int64_t>(kPanelBytes / sizeof(T), depth(a) * group_columns(a)));
+  }
+};
+
+template <class T>
+struct ProbeScratch {
+  UpScratch<T> up;
+  ChunkRows<T> grads;
+  ProbeScratch(Scratch& s, const ExpertsArgs& a) : up(s, a, 3), grads(s, a, up.columns >= a.expert_dim) {}
+};
+
 int64_t block_rows(int64_t left) { return std::min(kRows, round_up(left, kRowStep)); }
 
-// rows: the chunk's, zeros up to the rounded number.
+// Gate and up of columns f .. f + n as one panel: gate's columns, then up's.
 template <class T>
-void gather_chunk(const void* data, const ExpertsArgs& a, const Chunk& chunk, T* out) {
-  const int64_t ld = even<T>(a.dim), size = chunk.end - chunk.begin;
-  gather(Rows<T>{static_cast<const T*>(data), a.dim, a.tokens + chunk.begin}, size, a.dim, out, ld);
-  std::fill_n(out + size * ld, (round_up(size, kRowStep) - size) * ld, T{});
+void pack_gate_up(const ExpertsArgs& a, int64_t e, int64_t f, int64_t n, T* panel) {
+  const int64_t D = a.dim, F = a.expert_dim;
+  const T* gate_up = static_cast<const T*>(a.gate_up) + e * 2 * F * D;
+  pack_transposed(gate_up + f * D, D, D, n, panel, 2 * kColumns);
+  pack_transposed(gate_up + (F + f) * D, D, D, n, panel + kColumns * kPair<T>, 2 * kColumns);
+}
+
+// c (m, 2 * kColumns), rows ldc apart = rows @ panel of gate and up. Between the halves of a narrow panel there is nothing: two products.
+template <class T>
+void gate_up_products(int64_t m, int64_t n, int64_t K, const T* rows, const T* panel, float* c, int64_t ldc) {
+  if (n == kColumns) {
+    brgemm(m, 2 * kColumns, K, rows, K, panel, 2 * kColumns, c, ldc, false);
+  } else {
+    brgemm(m, n, K, rows, K, panel, 2 * kColumns, c, ldc, false);
+    brgemm(m, n, K, rows, K, panel + kColumns * kPair<T>, 2 * kColumns, c + kColumns, ldc, false);
+  }
 }
 
 // ---- forward ----
 
-// The chunk's pre-activations and activations.
+// The chunk's pre-activations.
 template <class T>
 void forward_up(const ExpertsArgs& a, const Chunk& chunk, char* memory) {
   Scratch scratch(memory);
-  const UpScratch<T> s(scratch, a);
-  const int64_t D = a.dim, F = a.expert_dim, Dp = even<T>(D), Fp = even<T>(F), size = chunk.end - chunk.begin;
-  const T* gate_up = static_cast<const T*>(a.gate_up) + chunk.expert * 2 * F * D;
+  const UpScratch<T> s(scratch, a, 2);
+  const int64_t F = a.expert_dim, Dp = even<T>(a.dim), size = chunk.end - chunk.begin;
   T* pre = static_cast<T*>(a.pre) + chunk.begin * 2 * F;
-  T* activation = static_cast<T*>(a.activation) + chunk.begin * Fp;
-  gather_chunk(a.rows, a, chunk, s.rows);
-  for (int64_t f = 0; f < F; f += kColumns) {
-    const int64_t n = std::min(kColumns, F - f);
-    pack_transposed(gate_up + f * D, D, D, n, s.panel, 2 * kColumns);
-    pack_transposed(gate_up + (F + f) * D, D, D, n, s.panel + kColumns * kPair<T>, 2 * kColumns);
+  for (int64_t f0 = 0; f0 < F; f0 += s.columns) {
+    const int64_t f1 = std::min(F, f0 + s.columns);
+    for (int64_t f = f0; f < f1; f += kColumns) pack_gate_up(a, chunk.expert, f, std::min(kColumns, F - f), s.panels + (f - f0) * 2 * Dp);
     for (int64_t r = 0; r < size; r += kRows) {
-      const int64_t m = block_rows(size - r);
-      // Between the halves of a narrow panel there is nothing: two products.
-      if (n == kColumns) {
-        brgemm(m, 2 * kColumns, Dp, s.rows + r * Dp, Dp, s.panel, 2 * kColumns, s.c, 2 * kColumns, false);
-      } else {
-        brgemm(m, n, Dp, s.rows + r * Dp, Dp, s.panel, 2 * kColumns, s.c, 2 * kColumns, false);
-        brgemm(m, n, Dp, s.rows + r * Dp, Dp, s.panel + kColumns * kPair<T>, 2 * kColumns, s.c + kColumns, 2 * kColumns, false);
+      const T* rows = s.rows.block(a.rows, a, chunk, r, f0 == 0);
+      for (int64_t f = f0; f < f1; f += kColumns) {
+        const int64_t n = std::min(kColumns, F - f);
+        gate_up_products(block_rows(size - r), n, Dp, rows, s.panels + (f - f0) * 2 * Dp, s.c + 2 * (f - f0), 2 * s.columns);
       }
-      forward_end(
-          s.c, std::min(kRows, size - r), n, static_cast<const float*>(a.weights) + chunk.begin + r, pre + r * 2 * F + f,
-          pre + r * 2 * F + F + f, 2 * F, activation + r * Fp + f, Fp);
+      T* gate = pre + r * 2 * F + f0;
+      forward_end(s.c, 2 * s.columns, std::min(kRows, size - r), f1 - f0, gate, gate + F, 2 * F);
     }
   }
-  for (int64_t r = 0; r < size && Fp > F; ++r) activation[r * Fp + F] = T{};
 }
 
+// The panels of a slice: panel p at data + p * step, its rows ld apart.
 template <class T>
-struct Panel {
+struct Panels {
   const T* data;
-  int64_t ld;
+  int64_t ld, step;
 };
 
 // Rows k of w (K, ..), columns .. + n, as B of brgemm. float32 is read where it lies.
-Panel<float> rows_panel(const float* w, int64_t ldw, int64_t, int64_t, float*) { return {w, ldw}; }
-Panel<bfloat16> rows_panel(const bfloat16* w, int64_t ldw, int64_t K, int64_t n, bfloat16* panel) {
-  pack_rows(Rows<bfloat16>{w, ldw, nullptr}, K, even<bfloat16>(K), n, panel, kColumns);
-  return {panel, kColumns};
+Panels<float> rows_panels(const float* w, int64_t ldw, int64_t, int64_t, float*) { return {w, ldw, kColumns}; }
+Panels<bfloat16> rows_panels(const bfloat16* w, int64_t ldw, int64_t K, int64_t n, bfloat16* panels) {
+  pack_rows(Rows<bfloat16>{w, ldw, nullptr}, K, even<bfloat16>(K), n, kColumns, panels);
+  return {panels, kColumns, even<bfloat16>(K) * kColumns};
 }
 
-// One slice of columns of out[t] = sum over the routes of t of left[route] @ B(expert), left (R, ld). pack(expert, d, n, panel) makes the panel
-// of B's columns d .. d + n and says where it is.
-template <class T, class Pack>
-void add_slice(const ExpertsArgs& a, int64_t slice, const T* left, int64_t ld, T* out, char* memory, const Pack& pack) {
-  Scratch scratch(memory);
-  const SumScratch<T> s(scratch, a);
-  const int64_t columns = slice_columns(a), d0 = slice * columns, width = std::min(columns, a.dim - d0);
-  std::fill_n(s.sums, a.num_rows * columns, 0.0f);
+// Columns d0 .. d0 + width of sum over the routes of t of left[route] @ B(expert). operand (R, row_bytes): what left(begin, rows, memory) makes rows
+// (.., K) of A from, from route `begin` on; pack(expert, d, n, panels) makes the panels of B's columns d .. d + n.
+template <class T, class S, class Left, class Pack>
+void add_products(
+    const ExpertsArgs& a, const SumScratch<T>& s, int64_t d0, int64_t width, int64_t K, const S& sums, const void* operand, int64_t row_bytes,
+    const Left& left, const Pack& pack) {
+  clear(sums, a.num_rows, width);
+  const int64_t part = round_up(kRows * row_bytes * kColumns / round_up(width, kColumns), 64);
   int64_t begin = 0;
   for (int64_t e = 0; e < a.num_experts; ++e) {
     const int64_t end = begin + a.counts[e];
     if (begin == end) continue;
-    Panel<T> panels[4];
-    for (int64_t d = 0; d < width; d += kColumns) {
-      panels[d / kColumns] = pack(e, d0 + d, std::min(kColumns, width - d), s.panel + d * even<T>(ld));
-    }
+    const Panels<T> B = pack(e, d0, width, s.panels);
     for (; begin < end; begin += kRows) {
+      const int64_t rows = std::min(kRows, end - begin);
+      const T* A = left(begin, rows, s.left);
+      // The next block's operand comes nearer during this one's products, a part with each; and before each the sums of its tokens, which lie
+      // anywhere.
+      const char *next = static_cast<const char*>(operand) + (begin + kRows) * row_bytes, *last = static_cast<const char*>(operand) + end * row_bytes;
       for (int64_t d = 0; d < width; d += kColumns) {
-        const int64_t n = std::min(kColumns, width - d);
-        const Panel<T> B = panels[d / kColumns];
-        brgemm(block_rows(end - begin), n, ld, left + begin * ld, ld, B.data, B.ld, s.c, kColumns, false);
-        add_rows(s.c, std::min(kRows, end - begin), n, a.tokens + begin, s.sums + d, columns);
+        const int64_t n = std::min(kColumns, width - d), first = d / kAdded * kAdded;
+        for (const char* stop = std::min(last, next + part); next < stop; next += 64) __builtin_prefetch(next, 0, 2);
+        for (int64_t r = 0; r < rows; ++r) prefetch(sums, a.tokens[begin + r], d, n);
+        brgemm(block_rows(rows), n, K, A, K, B.data + d / kColumns * B.step, B.ld, s.c + d - first, kAdded, false);
+        if (d + n == std::min(width, first + kAdded)) add_rows(s.c, kAdded, rows, d + n - first, a.tokens + begin, sums, first);
       }
     }
     begin = end;
   }
-  store_end(s.sums, columns, a.num_rows, width, out + d0, a.dim);
 }
 
-int64_t slices_of(const ExpertsArgs& a) { return a.dim == 0 ? 0 : (a.dim + slice_columns(a) - 1) / slice_columns(a); }
+// The same into columns of `out` (N, D). forward: with less memory beside it.
+template <class Left, class Pack>
+void add_slice(
+    const ExpertsArgs& a, int64_t d0, int64_t columns, int64_t K, float* out, bool forward, char* memory, const void* operand, int64_t row_bytes,
+    const Left& left, const Pack& pack) {
+  Scratch scratch(memory);
+  const SumScratch<float> s(scratch, a, columns, forward);
+  add_products(a, s, d0, std::min(columns, a.dim - d0), K, Sums{out + d0, a.dim}, operand, row_bytes, left, pack);
+}
+
+template <class Left, class Pack>
+void add_slice(
+    const ExpertsArgs& a, int64_t d0, int64_t columns, int64_t K, bfloat16* out, bool forward, char* memory, const void* operand,
+    int64_t row_bytes, const Left& left, const Pack& pack) {
+  Scratch scratch(memory);
+  const SumScratch<bfloat16> s(scratch, a, columns, forward);
+  const int64_t width = std::min(columns, a.dim - d0);
+  if (forward) {
+    const SplitSums sums{out + d0, a.dim, reinterpret_cast<uint16_t*>(s.sums), columns};
+    add_products(a, s, d0, width, K, sums, operand, row_bytes, left, pack);
+    round_sums(sums, a.num_rows, width);
+  } else {
+    add_products(a, s, d0, width, K, Sums{s.sums, columns}, operand, row_bytes, left, pack);
+    store_end(s.sums, columns, a.num_rows, width, out + d0, a.dim);
+  }
+}
 
 template <class T>
 void forward(const ExpertsArgs& a) {
   const std::vector<Chunk> chunks = chunks_of(a);
   for_tasks(a, chunks.size(), [&](int64_t task, char* memory) { forward_up<T>(a, chunks[task], memory); });
-  const int64_t F = a.expert_dim;
+  const int64_t F = a.expert_dim, Fp = even<T>(F);
   const T* down = static_cast<const T*>(a.down);
-  for_tasks(a, slices_of(a), [&](int64_t slice, char* memory) {
-    const auto pack = [&](int64_t e, int64_t d, int64_t n, T* panel) {
-      pack_transposed(down + (e * a.dim + d) * F, F, F, n, panel, kColumns);
-      return Panel<T>{panel, kColumns};
+  const auto left = [&](int64_t begin, int64_t rows, T* out) {
+    activation(static_cast<const T*>(a.pre) + begin * 2 * F, rows, F, a.weights + begin, out, Fp);
+    return static_cast<const T*>(out);
+  };
+  const int64_t columns = slice_columns(a, true);
+  for_tasks(a, (a.dim + columns - 1) / std::max<int64_t>(1, columns), [&](int64_t slice, char* memory) {
+    const auto pack = [&](int64_t e, int64_t d, int64_t n, T* panels) {
+      for (int64_t j = 0; j < n; j += kColumns) {
+        pack_transposed(down + (e * a.dim + d + j) * F, F, F, std::min(kColumns, n - j), panels + j * Fp, kColumns);
+      }
+      return Panels<T>{panels, kColumns, Fp * kColumns};
     };
-    add_slice(a, slice, static_cast<const T*>(a.activation), even<T>(F), static_cast<T*>(a.out), memory, pack);
+    add_slice(a, slice * columns, columns, Fp, static_cast<T*>(a.out), true, memory, a.pre, 2 * F * sizeof(T), left, pack);
   });
 }
 
@@ -344,7 +326,7 @@ void forward(const ExpertsArgs& a) {
 template <class T>
 void backward_up(const ExpertsArgs& a, const Chunk& chunk, char* memory) {
   Scratch scratch(memory);
-  const UpScratch<T> s(scratch, a);
+  const UpScratch<T> s(scratch, a, 1);
   const int64_t D = a.dim, F = a.expert_dim, Dp = even<T>(D), Fp = even<T>(F), size = chunk.end - chunk.begin;
   const T* down = static_cast<const T*>(a.down) + chunk.expert * D * F;
   const T* pre = static_cast<const T*>(a.pre) + chunk.begin * 2 * F;
@@ -352,37 +334,34 @@ void backward_up(const ExpertsArgs& a, const Chunk& chunk, char* memory) {
   T* activation = static_cast<T*>(a.activation) + chunk.begin * Fp;
   float* grad_weights = static_cast<float*>(a.grad_weights) + chunk.begin;
   std::fill_n(grad_weights, size, 0.0f);
-  gather_chunk(a.grad, a, chunk, s.rows);
-  for (int64_t f = 0; f < F; f += kColumns) {
-    const int64_t n = std::min(kColumns, F - f);
-    const Panel<T> B = rows_panel(down + f, F, D, n, s.panel);
+  for (int64_t f0 = 0; f0 < F; f0 += s.columns) {
+    const int64_t f1 = std::min(F, f0 + s.columns);
+    const Panels<T> B = rows_panels(down + f0, F, D, f1 - f0, s.panels);
     for (int64_t r = 0; r < size; r += kRows) {
-      brgemm(block_rows(size - r), n, Dp, s.rows + r * Dp, Dp, B.data, B.ld, s.c, kColumns, false);
-      const int64_t at = r * 2 * F + f;
+      const T* rows = s.rows.block(a.grad, a, chunk, r, f0 == 0);
+      for (int64_t f = f0; f < f1; f += kColumns) {
+        const int64_t n = std::min(kColumns, F - f);
+        brgemm(block_rows(size - r), n, Dp, rows, Dp, B.data + (f - f0) / kColumns * B.step, B.ld, s.c + f - f0, s.columns, false);
+      }
+      const int64_t at = r * 2 * F + f0;
       backward_end(
-          s.c, std::min(kRows, size - r), n, static_cast<const float*>(a.weights) + chunk.begin + r, pre + at, pre + at + F, grad_pre + at,
-          grad_pre + at + F, 2 * F, activation + r * Fp + f, Fp, grad_weights + r);
+          s.c, s.columns, std::min(kRows, size - r), f1 - f0, a.weights + chunk.begin + r, pre + at, pre + at + F, grad_pre + at, grad_pre + at + F,
+          2 * F, activation + r * Fp + f0, Fp, grad_weights + r);
     }
   }
   for (int64_t r = 0; r < size && Fp > F; ++r) activation[r * Fp + F] = T{};
 }
 
-// out (m, n), rows ldo apart = left (m, K) @ panel (K, n), K a multiple of kDepthStep.
+// c (m, n), rows ldc apart = left (m, K) @ panel (K, n), K a multiple of kDepthStep.
 template <class T>
-void sum_over_rows(int64_t m, int64_t n, int64_t K, const T* left, const T* panel, T* out, int64_t ldo, float* c) {
-  constexpr bool direct = sizeof(T) == sizeof(float);
-  float* sums = direct ? reinterpret_cast<float*>(out) : c;
-  const int64_t ld = direct ? ldo : kColumns;
-  for (int64_t k = 0; k < K; k += kDepth) {
-    brgemm(m, n, std::min(kDepth, K - k), left + k, K, panel + k * kColumns, kColumns, sums, ld, k > 0);
-  }
-  if constexpr (!direct) store_end(c, kColumns, m, n, out, ldo);
+void sum_over_rows(int64_t m, int64_t n, int64_t K, const T* left, const T* panel, float* c, int64_t ldc) {
+  for (int64_t k = 0; k < K; k += kDepth) brgemm(m, n, std::min(kDepth, K - k), left + k, K, panel + k * kColumns, kColumns, c, ldc, k > 0);
 }
 
 // Columns d0 .. d1 of the expert's gate_up gradient, and these rows of its down gradient. begin: its first route.
 template <class T>
 void weight_gradients(const ExpertsArgs& a, int64_t e, int64_t begin, int64_t d0, int64_t d1, char* memory) {
-  const int64_t D = a.dim, F = a.expert_dim, Fp = even<T>(F), count = a.counts[e], K = round_up(count, kDepthStep);
+  const int64_t D = a.dim, F = a.expert_dim, Fp = even<T>(F), count = a.counts[e], K = round_up(count, kDepthStep), Fc = round_up(F, kColumns);
   T* grad_gate_up = a.grad_gate_up ? static_cast<T*>(a.grad_gate_up) + e * 2 * F * D : nullptr;
   T* grad_down = a.grad_down ? static_cast<T*>(a.grad_down) + e * D * F : nullptr;
   if (count == 0) {
@@ -391,33 +370,47 @@ void weight_gradients(const ExpertsArgs& a, int64_t e, int64_t begin, int64_t d0
     return;
   }
   Scratch scratch(memory);
-  const WeightScratch<T> s(scratch, a, group_columns(a));
-  const int32_t* tokens = a.tokens + begin;
+  const WeightScratch<T> s(scratch, a);
+  const int64_t columns = WeightScratch<T>::columns_of(a, K);
+  // left^T (M, K) of the expert's rows of `source`, which has M columns, rows ld apart.
+  const auto turn = [&](const T* source, int64_t ld, int64_t M) {
+    pack_rows(Rows<T>{source, ld, nullptr}, count, K, M, kColumns, s.staging);
+    for (int64_t f = 0; f < M; f += kColumns) transpose_packed(s.staging + f * K, kColumns, K, std::min(kColumns, M - f), s.left + f * K, K);
+  };
+  // body(d, width) for pieces of the columns, once s.right has their panels: the expert's rows of `source` (N, D).
+  const auto for_columns = [&](const void* source, const auto& body) {
+    for (int64_t d = d0; d < d1; d += columns) {
+      const int64_t width = std::min(columns, d1 - d);
+      pack_rows(Rows<T>{static_cast<const T*>(source) + d, D, a.tokens + begin}, count, K, width, kColumns, s.right);
+      body(d, width);
+    }
+  };
   if (grad_gate_up) {
-    for (int64_t d = d0; d < d1; d += kColumns) {
-      pack_rows(Rows<T>{static_cast<const T*>(a.rows) + d, D, tokens}, count, K, std::min(kColumns, d1 - d), s.right + (d - d0) * K, kColumns);
-    }
-    for (int64_t f = 0; f < 2 * F; f += kColumns) {
-      const int64_t m = std::min(kColumns, 2 * F - f);
-      transpose(Rows<T>{static_cast<const T*>(a.grad_pre) + begin * 2 * F + f, 2 * F, nullptr}, count, K, m, s.left, K, s.staging);
-      for (int64_t d = d0; d < d1; d += kColumns) {
-        sum_over_rows(m, std::min(kColumns, d1 - d), K, s.left, s.right + (d - d0) * K, grad_gate_up + f * D + d, D, s.c);
+    turn(static_cast<const T*>(a.grad_pre) + begin * 2 * F, 2 * F, 2 * F);
+    for_columns(a.rows, [&](int64_t d, int64_t width) {
+      for (int64_t f = 0; f < 2 * F; f += kColumns) {
+        const int64_t m = std::min(kColumns, 2 * F - f);
+        for (int64_t j = 0; j < width; j += kColumns) {
+          sum_over_rows(m, std::min(kColumns, width - j), K, s.left + f * K, s.right + j * K, s.c + j, columns);
+        }
+        stream_end(s.c, columns, m, width, grad_gate_up + f * D + d, D);
       }
-    }
+    });
   }
   if (grad_down) {
-    for (int64_t f = 0; f < F; f += kColumns) {
-      pack_rows(
-          Rows<T>{static_cast<const T*>(a.activation) + begin * Fp + f, Fp, nullptr}, count, K, std::min(kColumns, F - f), s.right + f * K,
-          kColumns);
-    }
-    for (int64_t d = d0; d < d1; d += kColumns) {
-      const int64_t m = std::min(kColumns, d1 - d);
-      transpose(Rows<T>{static_cast<const T*>(a.grad) + d, D, tokens}, count, K, m, s.left, K, s.staging);
-      for (int64_t f = 0; f < F; f += kColumns) {
-        sum_over_rows(m, std::min(kColumns, F - f), K, s.left, s.right + f * K, grad_down + d * F + f, F, s.c);
+    // The transpose, (F, D), and that turned block by block: a small result in place of a large operand.
+    turn(static_cast<const T*>(a.activation) + begin * Fp, Fp, F);
+    for_columns(a.grad, [&](int64_t d, int64_t width) {
+      for (int64_t j = 0; j < width; j += kColumns) {
+        const int64_t n = std::min(kColumns, width - j);
+        for (int64_t f = 0; f < F; f += kColumns) {
+          const int64_t m = std::min(kColumns, F - f);
+          sum_over_rows(m, n, K, s.left + f * K, s.right + j * K, s.c, kColumns);
+          transpose_floats(s.c, kColumns, m, n, s.turned + f, Fc);
+        }
+        stream_end(s.turned, Fc, n, F, grad_down + (d + j) * F, F);
       }
-    }
+    });
   }
 }
 
@@ -438,9 +431,13 @@ void backward(const ExpertsArgs& a) {
   if (a.grad_rows) {
     const int64_t K = 2 * a.expert_dim;
     const T* gate_up = static_cast<const T*>(a.gate_up);
-    for_tasks(a, slices_of(a), [&](int64_t slice, char* memory) {
-      const auto pack = [&](int64_t e, int64_t d, int64_t n, T* panel) { return rows_panel(gate_up + e * K * a.dim + d, a.dim, K, n, panel); };
-      add_slice(a, slice, static_cast<const T*>(a.grad_pre), K, static_cast<T*>(a.grad_rows), memory, pack);
+    const auto left = [&](int64_t begin, int64_t, T*) { return static_cast<const T*>(a.grad_pre) + begin * K; };
+    const int64_t columns = slice_columns(a, false);
+    for_tasks(a, (a.dim + columns - 1) / std::max<int64_t>(1, columns), [&](int64_t slice, char* memory) {
+      const auto pack = [&](int64_t e, int64_t d, int64_t n, T* panels) {
+        return rows_panels(gate_up + e * K * a.dim + d, a.dim, K, n, panels);
+      };
+      add_slice(a, slice * columns, columns, K, static_cast<T*>(a.grad_rows), false, memory, a.grad_pre, K * sizeof(T), left, pack);
     });
   }
 }
@@ -451,28 +448,25 @@ template <class T>
 void probe_chunk(const ExpertsArgs& a, const Chunk& chunk, char* memory) {
   Scratch scratch(memory);
   const ProbeScratch<T> s(scratch, a);
-  const int64_t D = a.dim, F = a.expert_dim, Dp = even<T>(D), size = chunk.end - chunk.begin;
-  const T* gate_up = static_cast<const T*>(a.gate_up) + chunk.expert * 2 * F * D;
+  const int64_t D = a.dim, F = a.expert_dim, Dp = even<T>(D), size = chunk.end - chunk.begin, columns = s.up.columns;
   const T* down = static_cast<const T*>(a.down) + chunk.expert * D * F;
   float* products = static_cast<float*>(a.grad_weights) + chunk.begin;
+  float *pre = s.up.c, *c = pre + 2 * kRows * kColumns;  // of one panel
+  T* down_panels = s.up.panels + 2 * Dp * columns;
   std::fill_n(products, size, 0.0f);
-  gather_chunk(a.rows, a, chunk, s.rows);
-  gather_chunk(a.grad, a, chunk, s.grads);
-  for (int64_t f = 0; f < F; f += kColumns) {
-    const int64_t n = std::min(kColumns, F - f);
-    pack_transposed(gate_up + f * D, D, D, n, s.panel, 2 * kColumns);
-    pack_transposed(gate_up + (F + f) * D, D, D, n, s.panel + kColumns * kPair<T>, 2 * kColumns);
-    const Panel<T> B = rows_panel(down + f, F, D, n, s.down);
+  for (int64_t f0 = 0; f0 < F; f0 += columns) {
+    const int64_t f1 = std::min(F, f0 + columns);
+    for (int64_t f = f0; f < f1; f += kColumns) pack_gate_up(a, chunk.expert, f, std::min(kColumns, F - f), s.up.panels + (f - f0) * 2 * Dp);
+    const Panels<T> B = rows_panels(down + f0, F, D, f1 - f0, down_panels);
     for (int64_t r = 0; r < size; r += kRows) {
+      const T *rows = s.up.rows.block(a.rows, a, chunk, r, f0 == 0), *grads = s.grads.block(a.grad, a, chunk, r, f0 == 0);
       const int64_t m = block_rows(size - r);
-      if (n == kColumns) {
-        brgemm(m, 2 * kColumns, Dp, s.rows + r * Dp, Dp, s.panel, 2 * kColumns, s.pre, 2 * kColumns, false);
-      } else {
-        brgemm(m, n, Dp, s.rows + r * Dp, Dp, s.panel, 2 * kColumns, s.pre, 2 * kColumns, false);
-        brgemm(m, n, Dp, s.rows + r * Dp, Dp, s.panel + kColumns * kPair<T>, 2 * kColumns, s.pre + kColumns, 2 * kColumns, false);
+      for (int64_t f = f0; f < f1; f += kColumns) {
+        const int64_t n = std::min(kColumns, F - f);
+        gate_up_products(m, n, Dp, rows, s.up.panels + (f - f0) * 2 * Dp, pre, 2 * kColumns);
+        brgemm(m, n, Dp, grads, Dp, B.data + (f - f0) / kColumns * B.step, B.ld, c, kColumns, false);
+        probe_end(pre, c, std::min(kRows, size - r), n, products + r);
       }
-      brgemm(m, n, Dp, s.grads + r * Dp, Dp, B.data, B.ld, s.c, kColumns, false);
-      finish_probe(s.pre, s.c, std::min(kRows, size - r), n, products + r);
     }
   }
 }
@@ -485,15 +479,16 @@ void probes(const ExpertsArgs& a) {
 
 template <class T>
 int64_t scratch_bytes(const ExpertsArgs& a, ExpertsPass pass) {
-  Scratch up(nullptr), sum(nullptr), weight(nullptr), probe(nullptr);
+  Scratch up(nullptr), sum(nullptr), weight(nullptr);
   if (pass == ExpertsPass::probe) {
-    ProbeScratch<T>(probe, a);
+    ProbeScratch<T>(up, a);
   } else {
-    UpScratch<T>(up, a);
-    SumScratch<T>(sum, a);
+    UpScratch<T>(up, a, pass == ExpertsPass::forward ? 2 : 1);
+    const bool forward = pass == ExpertsPass::forward;
+    SumScratch<T>(sum, a, slice_columns(a, forward), forward);
   }
-  if (pass == ExpertsPass::backward) WeightScratch<T>(weight, a, group_columns(a));
-  return std::max({up.used(), sum.used(), weight.used(), probe.used()});
+  if (pass == ExpertsPass::backward) WeightScratch<T>(weight, a);
+  return std::max({up.used(), sum.used(), weight.used()});
 }
 
 }  // namespace

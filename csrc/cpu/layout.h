@@ -33,16 +33,20 @@ struct Rows {
 void gather(Rows<float> rows, int64_t num_rows, int64_t width, float* out, int64_t ldo);
 void gather(Rows<bfloat16> rows, int64_t num_rows, int64_t width, bfloat16* out, int64_t ldo);
 
-// B of brgemm, (even K, N) in a panel whose rows are ldb apart: B[k][j] = rows[k][j] for k < K, zero up to `padded` rows.
-void pack_rows(Rows<float> rows, int64_t K, int64_t padded, int64_t N, float* panel, int64_t ldb);
-void pack_rows(Rows<bfloat16> rows, int64_t K, int64_t padded, int64_t N, bfloat16* panel, int64_t ldb);
+// B of brgemm, (even K, N), in panels of `columns` columns, each of `padded` rows, one after the other: B[k][j] = rows[k][j] for k < K, zero up
+// to `padded` rows. A row is read once, whole.
+void pack_rows(Rows<float> rows, int64_t K, int64_t padded, int64_t N, int64_t columns, float* panels);
+void pack_rows(Rows<bfloat16> rows, int64_t K, int64_t padded, int64_t N, int64_t columns, bfloat16* panels);
 
 // B of brgemm again, transposed: B[k][j] = w[j * ldw + k].
 void pack_transposed(const float* w, int64_t ldw, int64_t K, int64_t N, float* panel, int64_t ldb);
 void pack_transposed(const bfloat16* w, int64_t ldw, int64_t K, int64_t N, bfloat16* panel, int64_t ldb);
 
-// A of brgemm, transposed: out[j * ldo + k] = rows[k][j] for k < K, zero for k up to `padded`. scratch: padded * M elements.
-void transpose(Rows<float> rows, int64_t K, int64_t padded, int64_t M, float* out, int64_t ldo, float* scratch);
-void transpose(Rows<bfloat16> rows, int64_t K, int64_t padded, int64_t M, bfloat16* out, int64_t ldo, bfloat16* scratch);
+// out[j * ldo + i] = c[i * ldc + j] for i < m, j < n.
+void transpose_floats(const float* c, int64_t ldc, int64_t m, int64_t n, float* out, int64_t ldo);
+
+// A of brgemm from a panel that `pack_rows` made, of M columns ldp apart and `padded` rows: out[j * ldo + k] = row k, column j.
+void transpose_packed(const float* panel, int64_t ldp, int64_t padded, int64_t M, float* out, int64_t ldo);
+void transpose_packed(const bfloat16* panel, int64_t ldp, int64_t padded, int64_t M, bfloat16* out, int64_t ldo);
 
 }  // namespace moetrain::cpu
