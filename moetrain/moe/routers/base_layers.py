@@ -10,6 +10,7 @@ from moetrain.config import BaseLayersRouter, ModelConfig
 from moetrain.moe.assignment import balanced_assignment
 from moetrain.moe.routers.base import router_for
 from moetrain.moe.routing import Decision, Routing, TokenContext, recorded
+from moetrain.moe.wide import wide_linear
 
 
 @router_for(BaseLayersRouter)
@@ -28,8 +29,7 @@ class BaseLayers(nn.Module):
 
     def forward(self, x: Tensor, context: TokenContext) -> Routing:
         """x: (T, D)."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        scores = nn.functional.linear(x.to(dtype), self.weight.to(dtype))
+        scores = wide_linear(x, self.weight)
         decision: Decision = recorded(lambda: self.decide(scores.detach(), context))
         return Routing(decision, torch.sigmoid(scores) * decision.active)
 

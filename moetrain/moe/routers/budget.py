@@ -16,6 +16,7 @@ from moetrain.config.routers import BudgetRouter
 from moetrain.moe.balance import product_of_shares
 from moetrain.moe.routers.base import router_for, whole
 from moetrain.moe.routing import Decision, Routing, TokenContext, group_sum, recorded, shares, token_count
+from moetrain.moe.wide import wide_linear
 
 
 @router_for(BudgetRouter)
@@ -38,8 +39,7 @@ class Budget(nn.Module):
 
     def forward(self, x: Tensor, context: TokenContext) -> Routing:
         """x: (T, D). Losses: `balance`, E sum_e f_e P_e with P the mean softmax; `z`, the mean of logsumexp(z)^2."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        logits = nn.functional.linear(x, self.weight.to(x.dtype))
+        logits = wide_linear(x, self.weight)
         probabilities, log_partition = torch.softmax(logits, -1), torch.logsumexp(logits, -1)
         # Compared in float32: equal tokens, such as the first of documents, then tie, whatever a GEMM of another batch shape rounds them to.
         ranking = (probabilities if self.options.rank_by == "probability" else logits).detach().float()

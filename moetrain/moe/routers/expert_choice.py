@@ -13,6 +13,7 @@ from moetrain.config import ExpertChoiceRouter, ModelConfig
 from moetrain.moe.choice import largest_of_group, largest_of_sequence
 from moetrain.moe.routers.base import router_for
 from moetrain.moe.routing import Decision, Routing, TokenContext, recorded
+from moetrain.moe.wide import wide_linear
 
 
 @router_for(ExpertChoiceRouter)
@@ -43,8 +44,7 @@ class ExpertChoice(nn.Module):
     def forward(self, x: Tensor, context: TokenContext) -> Routing:
         """x: (T, D). No losses. Sums, in training: `cut`, over sequences (or micro-batches) the distance of their cut from the estimate, (E,);
         `groups`, how many; `updates`, the steps so far, once for each of them."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        logits = nn.functional.linear(x.to(dtype), self.weight.to(dtype))
+        logits = wide_linear(x, self.weight)
         scores = torch.sigmoid(logits) if self.options.score == "sigmoid" else torch.softmax(logits, -1)
         decision, sums = recorded(lambda: self.decide(scores.detach(), context))
         return Routing(decision, scores * decision.active, {}, sums)

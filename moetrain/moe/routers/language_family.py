@@ -9,6 +9,7 @@ from moetrain.config import LanguageFamilyRouter, ModelConfig
 from moetrain.moe.routers.base import router_for
 from moetrain.moe.routers.softmax import as_mask, decision_of, largest, with_balance
 from moetrain.moe.routing import Decision, Routing, TokenContext, recorded
+from moetrain.moe.wide import wide_linear
 
 
 @router_for(LanguageFamilyRouter)
@@ -26,8 +27,7 @@ class LanguageFamily(nn.Module):
 
     def forward(self, x: Tensor, context: TokenContext) -> Routing:
         """x: (T, D); context.tags: places in `tag_names`, -1 or None where the language is not known. Losses: `balance`, E sum_e f_e P_e."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        logits = nn.functional.linear(x.to(dtype), self.weight.to(dtype))
+        logits = wide_linear(x, self.weight)
         scores = torch.softmax(logits, -1)
         decision: Decision = recorded(lambda: self.decide(logits.detach(), context))
         return with_balance(scores, scores, decision, context)

@@ -12,6 +12,7 @@ from moetrain.config import ModelConfig, MoEppRouter
 from moetrain.moe.balance import product_of_shares
 from moetrain.moe.capacity import within_capacities
 from moetrain.moe.routers.base import router_for
+from moetrain.moe.routers.softmax import largest
 from moetrain.moe.routing import Decision, Routing, TokenContext, group_sum, recorded, token_count
 
 
@@ -74,7 +75,7 @@ class MoEpp(nn.Module):
         """The decision on the FFN experts, and of experts of both kinds the routes kept and those chosen, (T, total)."""
         options, E = self.options, self.num_experts
         # Stable: among equal logits the lower expert wins, on every device and for any batch shape.
-        order = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, : options.top_k]
+        order = largest(logits, options.top_k)
         chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, True)
         tokens = torch.full((1,), chosen.shape[0], dtype=torch.float64, device=logits.device)
         if context.valid is not None:

@@ -10,6 +10,7 @@ from moetrain.config import ConfigError, ModelConfig, NexusRouter
 from moetrain.moe.routers.base import router_for
 from moetrain.moe.routers.softmax import as_mask, decision_of, largest, with_balance
 from moetrain.moe.routing import Decision, Routing, TokenContext, recorded
+from moetrain.moe.wide import wide_linear
 
 
 @router_for(NexusRouter)
@@ -54,7 +55,7 @@ class Nexus(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         gate, up = nn.functional.linear(self.domains.to(dtype), self.weight.to(dtype)).chunk(2, -1)
         rows = nn.functional.linear(nn.functional.silu(gate) * up, self.output.to(dtype))
-        logits = nn.functional.linear(x.to(dtype), rows)
+        logits = wide_linear(x, rows)
         scores = torch.softmax(logits, -1)
         decision: Decision = recorded(lambda: self.decide(logits.detach(), context))
         return with_balance(scores, scores, decision, context)

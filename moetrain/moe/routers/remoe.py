@@ -9,6 +9,7 @@ from moetrain.config import ModelConfig, ReMoERouter
 from moetrain.moe.balance import product_of_shares
 from moetrain.moe.routers.base import router_for
 from moetrain.moe.routing import Decision, Routing, TokenContext, group_sum, recorded, token_count
+from moetrain.moe.wide import wide_linear
 
 
 @router_for(ReMoERouter)
@@ -28,8 +29,7 @@ class ReMoE(nn.Module):
         """x: (T, D). Losses: `sparsity`, L_reg,lb: the mean over tokens and layers of sum_e f_e R_e, f_e = E / (k T) #{t : R_te > 0} over the
         micro-batch on all ranks, a constant; with `load_weighted: false` f is 1. k is `target_active`; without one it is the micro-batch's own
         mean number of routes (ours: the paper always has a target)."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        logits = nn.functional.linear(x.to(dtype), self.weight.to(dtype))
+        logits = wide_linear(x, self.weight)
         decision: Decision = recorded(lambda: self.decide(logits.detach(), context))
         # The ReLU, with the routes that were decided: a recomputation may not find others.
         gates = logits * decision.active

@@ -15,6 +15,7 @@ from moetrain.config import ModelConfig, SigmoidSteRouter
 from moetrain.moe.routers.base import router_for
 from moetrain.moe.routing import Decision, Routing, TokenContext, recorded, token_count, uniform
 from moetrain.moe.target import OFFSETS, log_odds, step_to
+from moetrain.moe.wide import wide_linear
 
 
 @router_for(SigmoidSteRouter)
@@ -45,9 +46,7 @@ class SigmoidSte(nn.Module):
 
     def forward(self, x: Tensor, context: TokenContext) -> Routing:
         """x: (T, D). Losses: `sparsity`, Eq. 19: the mean over tokens, experts and layers of the open gates."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        gates = torch.sigmoid(nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias))
+        gates = torch.sigmoid(wide_linear(x, self.weight, self.bias))
         decision: Decision = recorded(lambda: self.decide(gates.detach(), context))
         return self.weigh(gates, decision, context)
 

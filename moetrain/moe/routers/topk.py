@@ -16,7 +16,9 @@ from moetrain.config import ModelConfig, TopKRouter
 from moetrain.moe.balance import product_of_shares, smooth_load, squared_variations
 from moetrain.moe.capacity import within_capacity, within_groups
 from moetrain.moe.routers.base import router_for
+from moetrain.moe.routers.softmax import largest
 from moetrain.moe.routing import Decision, Routing, TokenContext, group_sum, normal, recorded, shares, token_count, uniform
+from moetrain.moe.wide import wide_linear
 
 JITTER, NOISE, SECOND, DROP = range(1, 5)
 """Uses of randomness."""
@@ -50,14 +52,14 @@ class TopK(nn.Module):
         expert in a token's scores; `z`, the mean of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906 Eq. 5); with `cv_coef` `cv`, CV^2 of the sums
         of weights and CV^2 of the load, which has a gradient with `noise` only."""
         options, training = self.options, self.training
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
         if training and options.jitter:
-            x = x * (1 + options.jitter * (2 * self.draw(uniform, context, JITTER, x.shape[1]).to(x.dtype) - 1))
+            wide = torch.promote_types(x.dtype, torch.float32)
+            x = x.to(wide) * (1 + options.jitter * (2 * self.draw(uniform, context, JITTER, x.shape[1]).to(wide) - 1))
         clean = logits = self.logits(x)
         if training and self.noise is not None:
             # LLaMA-MoE 4.1: N(0, 1) (softplus(x W_noise) + 0.01), W_noise starts at 0.
-            std = softplus(linear(x, self.noise.to(x.dtype))) + 1e-2
-            logits = clean + self.draw(normal, context, NOISE, self.num_experts).to(x.dtype) * std
+            std = softplus(wide_linear(x, self.noise)) + 1e-2
+            logits = clean + self.draw(normal, context, NOISE, self.num_experts).to(clean.dtype) * std
         scores = torch.sigmoid(logits) if options.score == "sigmoid" else torch.softmax(logits, -1)
         decision: Decision = recorded(lambda: self.decide(logits.detach(), scores.detach(), context))
         chosen = decision.active if decision.chosen is None else decision.chosen
@@ -73,22 +75,23 @@ class TopK(nn.Module):
         assert decision.load is not None, "topk decides with the load"
         losses = {"balance": product_of_shares(decision.load, self.score_shares(scores, context), tokens), "z": log_partition.square().sum() / tokens}
         if options.cv_coef:
-            load = chosen.to(x.dtype)
+            load = chosen.to(clean.dtype)
             if training and self.noise is not None:
                 load = smooth_load(clean, logits, std, options.top_k)
                 load = load if context.valid is None else load * context.valid[:, None]
-            losses["cv"] = squared_variations(context, x, weights.sum(0), load.sum(0))
+            losses["cv"] = squared_variations(context, clean, weights.sum(0), load.sum(0))
         # A dropped route is none; its weight does not go to the others.
         weights = weights * options.output_scale if decision.chosen is None else weights * decision.active * options.output_scale
         return Routing(decision, weights, losses)
 
     def logits(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, E). The cosine gate is the plain one, without X-MoE's (arXiv 2204.09179) projection and learned temperature."""
-        weight = self.weight.to(x.dtype)
         if self.options.gate == "cosine":
-            return linear(normalize(x, dim=-1), normalize(weight, dim=-1)) / self.options.cosine_temperature
-        hidden = linear(x, weight)
-        return hidden if self.output is None else linear(torch.tanh(hidden), self.output.to(x.dtype))
+            wide = torch.promote_types(x.dtype, torch.float32)
+            rows = normalize(self.weight.to(wide), dim=-1)
+            return linear(normalize(x.to(wide), dim=-1), rows) / self.options.cosine_temperature
+        hidden = wide_linear(x, self.weight)
+        return hidden if self.output is None else linear(torch.tanh(hidden), self.output.to(hidden.dtype))
 
     def score_shares(self, scores: Tensor, context: TokenContext) -> Tensor:
         """(T, E), rows with sum 1, padding 0."""
@@ -108,8 +111,7 @@ class TopK(nn.Module):
             ranking = ranking + self.selection_bias.to(ranking.dtype)
         if options.num_groups > 1:
             ranking = within_groups(ranking, options.num_groups, options.top_groups, options.top_k)
-        # A stable sort, not topk: among equal scores the lower expert wins, on every device and for any batch shape.
-        order = torch.sort(ranking, dim=-1, descending=True, stable=True).indices[:, : options.top_k]
+        order = largest(ranking, options.top_k)
         chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, True)
         if context.valid is not None:
             chosen = chosen & context.valid[:, None]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, one_hot, pad
+from torch.nn.functional import one_hot, pad
 
 from moetrain.config import ModelConfig, XMoERouter
 from moetrain.moe.balance import product_of_shares
@@ -14,6 +14,7 @@ from moetrain.moe.capacity import within_capacity
 from moetrain.moe.routers.base import router_for
 from moetrain.moe.routing import Decision, Routing, TokenContext, group_sum, recorded, shares, token_count
 from moetrain.moe.target import OFFSETS, log_odds, step_to
+from moetrain.moe.wide import wide_linear
 
 
 @router_for(XMoERouter)
@@ -43,8 +44,7 @@ class XMoE(nn.Module):
     def forward(self, x: Tensor, context: TokenContext) -> Routing:
         """x: (T, D). Losses, layers are added: `balance`, E sum_e f_e P_e, f the share of the first choices (the authors' code). Capacity acts
         in training alone."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        logits = linear(x.to(dtype), self.weight.to(dtype))
+        logits = wide_linear(x, self.weight)
         scores = torch.softmax(logits, -1)
         decision, sums = recorded(lambda: self.decide(logits.detach(), scores.detach(), context))
         weights = scores * (decision.active if decision.chosen is None else decision.chosen)
