@@ -340,6 +340,8 @@ class KVCache:
 class Attention(nn.Module):
     """Self-attention of one layer: projections, optional norms of queries and keys, rotary positions."""
 
+    rotate = staticmethod(rotate)
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         D, C = config.hidden_size, config.head_size
@@ -363,7 +365,7 @@ class Attention(nn.Module):
                 q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
             else:
                 q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, layout.cos, layout.sin), rotate(k, layout.cos, layout.sin)
+        q, k = self.rotate(q, layout.cos, layout.sin), self.rotate(k, layout.cos, layout.sin)
         out = attend(q, k, v, layout, self.window) if cache is None else cache.attend(self.layer, q, k, v, self.window)
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 
@@ -376,6 +378,8 @@ class LatentAttention(nn.Module):
     """
 
     NORM_EPS = 1e-6  # of the latents' norms, whatever the model's `norm_eps`: so in DeepSeek's code and in transformers'
+
+    rotate = staticmethod(rotate)
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -419,7 +423,7 @@ class LatentAttention(nn.Module):
 
     def _rotate(self, x: Tensor, layout: Layout) -> Tensor:
         # Neighbours become halves; queries and keys alike, so that their product is the same.
-        return rotate(torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1) if self.mla.rope_interleave else x, layout.cos, layout.sin)
+        return self.rotate(torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1) if self.mla.rope_interleave else x, layout.cos, layout.sin)
 
 
 def layer_window(config: ModelConfig, layer: int) -> int | None:

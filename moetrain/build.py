@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,10 +16,12 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from moetrain import config as schema
+from moetrain.attention import Attention, LatentAttention, rotate
 from moetrain.checkpoint import find_steps, read_full, read_meta
 from moetrain.config import Config, ConfigError, ModelConfig, NonNegative, TrainConfig
 from moetrain.convert import huggingface
 from moetrain.model import Transformer, initial_tensor
+from moetrain.modules import RMSNorm
 from moetrain.parallel.mesh import Meshes
 from moetrain.parallel.parallelize import copy_whole, parallelize
 
@@ -91,6 +95,21 @@ def fill(model: Transformer, named: Iterator[tuple[str, Tensor]], source: str) -
         unset.discard(name)
     if unset:
         raise ValueError(f"{source}: no value for {len(unset)} tensors, such as {sorted(unset)[0]}")
+
+
+def compile_parts(model: Transformer, device: torch.device) -> None:
+    """`train.compile`: what lies between the matrix products and has many small operators. Whole blocks would not do: what a router decides
+    changes the shapes of every step, and hooks of FSDP and exchanges between ranks cut them anyway. Raises ConfigError without a compiler."""
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        missing = f"torch.compile needs a C++ compiler, and {compiler} is not there; install it, name one in CXX, or leave it out"
+        raise ConfigError(f"train.compile (true): {missing}")
+    norm, rotation = (torch.compile(f, dynamic=True) for f in (RMSNorm.compute, rotate))
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.compute = norm
+        elif isinstance(module, Attention | LatentAttention):
+            module.rotate = rotation
 
 
 class ControllerState(BaseModel):

@@ -25,7 +25,7 @@ from torch import Tensor
 from moetrain import config as schema
 from moetrain import preempt, restarts
 from moetrain.attention import describe_backends
-from moetrain.build import DTYPES, build_model, check_meta, empty_model, need
+from moetrain.build import DTYPES, build_model, check_meta, compile_parts, empty_model, need
 from moetrain.checkpoint import Checkpoints
 from moetrain.config import Config, ConfigError, ScheduleConfig, check_world
 from moetrain.convert.huggingface import parameter_shapes
@@ -138,6 +138,8 @@ class Trainer:
         else:
             self._check_same_model(resume_step)
             self.model = empty_model(self.model_config, self.train_config, self.device, meshes)
+        if self.train_config.compile:
+            compile_parts(self.model, self.device)
         self.parameters = dict(self.model.named_parameters())
         train = self.train_config
         self.optimizer = torch.optim.AdamW(

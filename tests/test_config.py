@@ -676,6 +676,7 @@ READ: dict[str, tuple[str, str]] = {
     "TrainConfig.eval_sequences": ("train.py", "train_config.eval_sequences"),
     "TrainConfig.dtype": ("train.py", "train_config.dtype"),
     "TrainConfig.activation_checkpointing": ("parallel/parallelize.py", "train.activation_checkpointing"),
+    "TrainConfig.compile": ("train.py", "train_config.compile"),
     "CheckpointConfig.every": ("train.py", "checkpoint.every"),
     "CheckpointConfig.keep_last": ("checkpoint.py", "config.keep_last"),
     "CheckpointConfig.keep_every": ("checkpoint.py", "config.keep_every"),

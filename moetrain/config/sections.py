@@ -121,6 +121,8 @@ class TrainConfig(Section):
     seed: Seed = 0
     activation_checkpointing: Literal["none", "block"] = "none"
     """`block` keeps only each block's input and computes the block again in backward, with the routes of the first time."""
+    compile: bool = False
+    """Norms and rotary positions by torch.compile, which on a CPU needs a C++ compiler at run time; the first step then takes half a minute more."""
     max_bad_steps: Positive = 10
     """So many steps in a row with a non-finite loss or gradient end the run; each is skipped on all ranks."""
     eval_every: Positive | None = None
