@@ -155,6 +155,6 @@ def plot(table: Table, path: str) -> None:
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(places)), places, rotation=60, ha="right", fontsize=7)
     axes.set_ylabel("share of the dense limit (forward + backward)")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=len(layers), fontsize=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

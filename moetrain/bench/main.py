@@ -62,6 +62,8 @@ def main(words: Sequence[str], read: Callable[[list[str]], Config]) -> int:
         raise ConfigError(f"bench: --plot draws the subject layer, not {options.subject}; use --json")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if options.subject != "train":
+        measure.keep_memory()
     shapes = [layer.parse_shape(word) for word in options.shapes]
     dtypes = [layer.DTYPES[word] for word in options.dtypes]
     if options.subject == "layer":

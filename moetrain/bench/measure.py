@@ -7,6 +7,8 @@ the processor time of this process, which does not count the time that others ha
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import json
 import platform
@@ -46,6 +48,18 @@ class Timing:
             return 0.0
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return (high - low) / 2 / self.median
+
+
+def keep_memory() -> None:
+    """Let the C library (glibc) keep what contestants free for those that come next.
+
+    A layer in a model takes the memory that the layer before it freed. Alone between contestants of other sizes it would get fresh pages in
+    every step, which the system must clear and on a virtual machine its host must find: of one shape that was a tenth of our layer's time.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        trim_threshold, mmap_max = -1, -4
+        mallopt(trim_threshold, 2**31 - 1), mallopt(mmap_max, 0)
 
 
 def clock() -> float:
