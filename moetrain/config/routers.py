@@ -141,9 +141,9 @@ class SigmoidSteRouter(BudgetOptions):
     sparsity_coef: NonNegativeFloat = 1.0
     """Eq. 19 has 1; the start value when `target_active` is set."""
     trim: bool = True
-    """`target_active` only. Each layer's threshold moves from `threshold` by what the layer's mean takes to be the target, in training and, as it
-    stands, at inference; the coefficient goes on holding the mean that there would be at `threshold` itself. false leaves the threshold where
-    the paper has it, and may miss the target: a coefficient can't open gates."""
+    """`target_active` only. The threshold, of all layers together or with `target_over: layer` of each, moves from `threshold` by what the mean
+    takes to be the target, in training and, as it stands, at inference; the coefficient goes on holding the mean that there would be at
+    `threshold` itself. false leaves the threshold where the paper has it, and may miss the target: a coefficient can't open gates."""
     sparsity_on: Literal["active", "all"] = "active"
     """Eq. 18 as printed pushes the gates above the threshold (active); `all` pushes every gate."""
     bias: bool = False

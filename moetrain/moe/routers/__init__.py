@@ -78,14 +78,16 @@ def changes_after_step(model: nn.Module, loads: list[list[float]], sums: list[di
 
     This is how a router has state that no gradient moves: a parameter with requires_grad=False, which the optimizer leaves alone and which is
     sharded, saved and loaded like all others. loads: for each MoE layer, in order, the routes of each expert in the step over all ranks. sums:
-    likewise what the router itself summed up (`Routing.sums`). Every rank has the same, so every rank makes the same changes.
+    likewise what the router itself summed up (`Routing.sums`), of which a router with `pools_sums` gets the sum over all layers. Every rank has
+    the same, so every rank makes the same changes.
     """
     routers = [(name, module) for name, module in model.named_modules() if name.endswith(".ffn.router")]
     for (name, router), load, own in zip(routers, loads, sums, strict=True):
         if hasattr(router, "after_step"):
             if isinstance(router, FSDPModule):
                 router.reshard()  # else a router's attributes may still be the weights of the last forward
-            named = {key: torch.tensor(values, dtype=torch.float64) for key, values in own.items()}
+            of = sums if getattr(router, "pools_sums", False) else [own]
+            named = {key: torch.tensor([layer[key] for layer in of], dtype=torch.float64).sum(0) for key in own}
             for parameter, change in router.after_step(torch.tensor(load, dtype=torch.float64), named):
                 yield f"{name}.{parameter}", change
 

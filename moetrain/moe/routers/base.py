@@ -21,7 +21,8 @@ def router_for(options: type[RouterOptions]) -> Callable[[_M], _M]:
 
     It is made with (ModelConfig, layer: int) and called with (x: (T, D), context: TokenContext) for a `moetrain.moe.routing.Routing`. A method
     `after_step(load, sums)`, where it has one, yields (name of one of its parameters, what to add to it) after each optimizer step. Where
-    it changes an entry of a parameter that the optimizer has, AdamW's moments of that entry are cleared. A static method
+    it changes an entry of a parameter that the optimizer has, AdamW's moments of that entry are cleared. An attribute `pools_sums` that is true
+    asks for `sums` over all layers, where all move alike. A static method
     `start_value(config, layer, part, shape, generator)`, where it has one, gives a parameter's start value (float32 on the CPU; what it draws is
     of the generator), or None for the common rule.
     """

@@ -36,6 +36,8 @@ class SigmoidSte(nn.Module):
         self.bias = nn.Parameter(torch.empty(self.num_experts)) if self.options.bias else None
         # The threshold's log-odds, where it is moved to hold `target_active`.
         self.threshold = nn.Parameter(torch.empty(1), requires_grad=False) if self.options.moves_threshold else None
+        # A target of the model leaves layers their own means: all thresholds move together.
+        self.pools_sums = self.threshold is not None and self.options.target_over == "model"
 
     @staticmethod
     def start_value(config: ModelConfig, layer: int, part: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
@@ -66,7 +68,7 @@ class SigmoidSte(nn.Module):
         return {"routes": routes, "nominal": nominal, "tokens": real.sum(dtype=torch.float64)}
 
     def after_step(self, load: Tensor, sums: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """sums: as `trials` made them, over the step and all ranks."""
+        """sums: as `trials` made them, over the step and all ranks; with `target_over: model` over all layers too."""
         if self.threshold is not None and sums["tokens"] > 0:
             assert self.options.target_active is not None, "a threshold is moved for a target"
             yield "threshold", step_to((sums["routes"] / sums["tokens"]).tolist(), self.options.target_active)
