@@ -8,8 +8,9 @@ import torch
 
 from moetrain.config import SigmoidSteRouter
 from moetrain.moe.layer import MoELayer
+from moetrain.moe.routers import changes_after_step
 from moetrain.moe.routing import TokenContext
-from moetrain.moe.target import OFFSETS
+from moetrain.moe.target import OFFSETS, RATE
 from tests.moe.test_layer import model_config, pair
 
 
@@ -128,3 +129,18 @@ def test_the_moved_threshold():
     ours.eval()
     quiet = ours.router(x, TokenContext(valid=valid))
     assert quiet.sums == {} and torch.equal(quiet.decision.active, (gates > torch.sigmoid(ours.router.threshold)) & valid[:, None])
+
+
+def test_thresholds_move_together_for_a_target_of_the_model():
+    """By the mean over layers, so that layers keep means of their own; with `target_over: layer` each by its own. Routes fall by 10 in a step."""
+    here = [30.0, 10.0]  # routes of 10 tokens where the thresholds are; the target is 20
+    sums = [{"routes": [n - 10.0 * i for i in range(-7, 8)], "nominal": [n], "tokens": [10.0]} for n in here]
+    moves = {}
+    for over in ("model", "layer"):
+        config = model_config(SigmoidSteRouter(target_active=2.0, target_over=over))
+        model = torch.nn.Module()
+        model.layers = torch.nn.ModuleList(torch.nn.ModuleDict({"ffn": MoELayer(config, i)}) for i in range(2))
+        moves[over] = {name: change.item() for name, change in changes_after_step(model, [[1.0] * config.moe.num_experts] * 2, sums)}
+    names = [f"layers.{i}.ffn.router.threshold" for i in range(2)]
+    assert moves["model"] == dict.fromkeys(names, 0.0)
+    assert moves["layer"] == dict(zip(names, (RATE * OFFSETS[8], RATE * OFFSETS[6])))
