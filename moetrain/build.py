@@ -99,7 +99,7 @@ def fill(model: Transformer, named: Iterator[tuple[str, Tensor]], source: str) -
 
 def compile_parts(model: Transformer, device: torch.device) -> None:
     """`train.compile`: what lies between the matrix products and has many small operators. Whole blocks would not do: what a router decides
-    changes the shapes of every step, and hooks of FSDP and exchanges between ranks cut them anyway. Raises ConfigError without a compiler."""
+    changes the shapes of every step, and hooks of FSDP and exchanges between ranks would cut them. Raises ConfigError without a compiler."""
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
         missing = f"torch.compile needs a C++ compiler, and {compiler} is not there; install it, name one in CXX, or leave it out"

@@ -7,7 +7,7 @@ import pytest
 
 from moetrain.config import ConfigError
 from moetrain.train import Trainer
-from tests.test_train import make_config, rank_main, write_data
+from tests.test_train import make_config, rank_main, start, write_data
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ LATENTS = {"q_lora_rank": 5, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_
 
 @pytest.mark.parametrize("attention", [{}, {"model__mla": LATENTS, "model__num_kv_heads": None}], ids=["grouped", "latent"])
 def test_compiled_parts_compute_the_same(attention, data, monkeypatch):
-    """Losses, gradient norms and weights of three steps in float64, with blocks computed again in backward."""
+    """Losses, gradients, norms and weights of three steps in float64, with blocks computed again in backward."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(data / "cache"))
 
     def run(**changes):
@@ -32,8 +32,27 @@ def test_compiled_parts_compute_the_same(attention, data, monkeypatch):
     plain, compiled = (run(train__activation_checkpointing="block", train__compile=c) for c in (False, True))
     for a, b in zip(plain["records"], compiled["records"], strict=True):
         assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-9)
+    for expected, found in zip(plain["grads"], compiled["grads"], strict=True):
+        for name, grad in expected.items():
+            np.testing.assert_allclose(found[name], grad, rtol=1e-9, atol=1e-11, err_msg=name)
     for name, weight in plain["weights"].items():
         np.testing.assert_allclose(compiled["weights"][name], weight, rtol=1e-9, atol=1e-11, err_msg=name)
+
+
+def test_compiled_ranks_equal_one_rank(data, monkeypatch):
+    """Losses, gradients, norms and weights of two steps compiled on two ranks and a third, not compiled, on one, after saving and loading."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(data / "cache"))
+    whole = rank_main(make_config(data, "exact", (1, 1, 1), run_dir=str(data / "whole")), "mixed")
+    (spread,) = start([make_config(data, "exact", (1, 1, 2), run_dir=str(data / "run"), train__compile=True)], "mixed", steps=2, save=True)
+    resumed = rank_main(make_config(data, "exact", (1, 1, 1), run_dir=str(data / "run")), "mixed")
+    assert len(spread["records"]) == 2 and len(resumed["records"]) == 1
+    for a, b in zip(whole["records"], spread["records"] + resumed["records"], strict=True):
+        assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-9)
+    for expected, found in zip(whole["grads"], spread["grads"] + resumed["grads"], strict=True):
+        for name, grad in expected.items():
+            np.testing.assert_allclose(found[name], grad, rtol=1e-9, atol=1e-11, err_msg=name)
+    for name, weight in whole["weights"].items():
+        np.testing.assert_allclose(resumed["weights"][name], weight, rtol=1e-9, atol=1e-11, err_msg=name)
 
 
 def test_without_a_compiler(data, monkeypatch):

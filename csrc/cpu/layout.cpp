@@ -94,7 +94,8 @@ MOETRAIN_MULTIVERSION void interleave(
 template <class T>
 void gather_rows(Rows<T> rows, int64_t num_rows, int64_t width, T* out, int64_t ldo) {
   for (int64_t k = 0; k < num_rows; ++k, out += ldo) {
-    if (k + 4 < num_rows) prefetch(rows[k + 4], width * sizeof(T));
+    constexpr int64_t ahead = 4;  // of whole rows; the pieces that `interleave` reads are shorter
+    if (k + ahead < num_rows) prefetch(rows[k + ahead], width * sizeof(T));
     if (width > 0) std::memcpy(out, rows[k], width * sizeof(T));
     if (ldo > width) std::memset(out + width, 0, (ldo - width) * sizeof(T));
   }

@@ -10,6 +10,7 @@ import pytest
 from moetrain.bench.train import KINDS, kind_of
 from moetrain.cli import main
 from moetrain.config import to_yaml
+from moetrain.moe import dispatch
 from tests.test_train import make_config, write_data
 
 
@@ -33,4 +34,7 @@ def test_a_config(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
 def test_kinds() -> None:
     names = {"aten::mm": "GEMM", "moetrain::experts_backward": "GEMM", "gloo:all_reduce": "communication", "aten::mul": "rest"}
     names["aten::_scaled_dot_product_flash_attention_for_cpu_backward"] = "attention"
+    # The dispatcher's own functions, by their classes, in which a rank waits for others.
+    exchanges = (dispatch._SendRows, dispatch._ReturnRows, dispatch._SendWeights, dispatch._SendProbes)
+    names |= {f"{function.__name__}Backward": "communication" for function in exchanges}
     assert {name: kind_of(name) for name in names} == names
