@@ -337,11 +337,11 @@ class _Watch:
         for handle in self.handles:
             handle.remove()
         for layer in self.layers:
-            del layer.module.compute  # the class's own is seen again
+            del layer.module.parts  # the class's own is seen again
 
 
 class _Layer:
-    """One MoE layer. Its `compute` is called once in a forward pass, of strata once for each, and as often again where blocks are recomputed."""
+    """One MoE layer. Its `parts` is called once in a forward pass, of strata once for each, and as often again where blocks are recomputed."""
 
     def __init__(self, number: int, module: MoELayer, guard: Guard) -> None:
         self.number, self.module, self.guard = number, module, guard
@@ -379,17 +379,17 @@ class _Layer:
         return {"most_rows": most_rows, "wrong_dtypes": wrong, **{name: getattr(self, name) for name in names}}
 
     def hooks(self) -> list[Any]:
-        original = self.module.compute
+        original = self.module.parts
 
-        def compute(x: Tensor, routing: Routing) -> Tensor:
-            return original(x, self.enter(x, routing))
+        def parts(routing: Routing) -> list[Routing]:
+            return original(self.enter(routing))
 
-        self.module.compute = compute  # type: ignore[method-assign]
+        self.module.parts = parts  # type: ignore[method-assign]
         handles = [experts.register_forward_pre_hook(self._receive(members)) for experts, members in self.groups]
         return handles + [router.register_forward_pre_hook(self._look_at_router) for router in self.module.routers()]
 
-    def enter(self, x: Tensor, routing: Routing) -> Routing:
-        """At a call of `compute`: notes what is sent; gives the routing back with weights whose gradient is that of the experts alone."""
+    def enter(self, routing: Routing) -> Routing:
+        """At a call of `parts`: notes what is sent; gives the routing back with weights whose gradient is that of the experts alone."""
         turn, number = divmod(self.calls, self.passes)
         self.calls += 1
         self.again = self.guard.recomputes and turn % 2 == 1

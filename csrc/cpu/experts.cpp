@@ -85,15 +85,16 @@ void for_tasks(const ExpertsArgs& a, int64_t num_tasks, const Body& body) {
 }
 
 // Columns of a slice, in which one task adds up its rows: few passes over the routes, but a task for each thread. Forward, which is there for as
-// long as what it keeps, makes the halves of its sums beside the result (SplitSums) an eighth of that at most.
+// long as what it keeps, makes the halves of its sums beside the result (SplitSums) a tenth of that at most.
 int64_t slice_columns(const ExpertsArgs& a, bool forward) {
   const int64_t share = round_up((a.dim + a.num_threads - 1) / a.num_threads, kColumns);
   int64_t most = kSliceColumns;
   if (forward && a.dtype == DType::bf16 && a.num_rows > 0) {
     const int64_t kept = a.num_rows * a.dim + a.num_routes * 2 * a.expert_dim;
-    most = std::clamp(kept / 8 / (a.num_rows * a.num_threads) / kColumns * kColumns, kColumns, kSliceColumns);
+    most = std::clamp(kept / 10 / (a.num_rows * a.num_threads) / kColumns * kColumns, kColumns, kSliceColumns);
   }
-  return std::min(share, most);
+  const int64_t slices = (share + most - 1) / std::max<int64_t>(1, most);
+  return slices == 0 ? share : round_up((share + slices - 1) / slices, kColumns);
 }
 
 // How many of `columns` columns, in whole panels, have panels of `bytes` each that stay in cache together.

@@ -130,7 +130,7 @@ def ours(problem: Problem, ste: str = "off", probe_rate: float = 0.25) -> Contes
     if problem.active is None:
         layer = MoELayer(_config(shape, ste, probe_rate), 0)
         with torch.no_grad():
-            layer.to(problem.x.dtype)
+            layer.experts.to(problem.x.dtype)  # the router's weights are float32 in training too
             layer.router.weight.copy_(problem.router)
             layer.experts.gate_up.copy_(problem.gate_up)
             layer.experts.down.copy_(problem.down)

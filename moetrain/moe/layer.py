@@ -6,8 +6,6 @@ ranks; the layer reads the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor, nn
 
 from moetrain.config import ModelConfig
@@ -44,12 +42,15 @@ class MoELayer(nn.Module):
     def forward(self, x: Tensor, context: TokenContext, residual: Tensor) -> tuple[Tensor, LayerReport]:
         """x: (T, D), normed. residual: (T, D), the stream before the norm. -> (T, D) to add to the stream, and what happened."""
         routing = self.router(residual if self.routes_by_residual else x, context)
-        y = self.compute(x, routing)
-        if routing.local is not None:
-            y = (y + routing.local).to(y.dtype)
+        report = LayerReport(routing.losses, statistics(routing.decision, context), routing.sums, routing.scores)
+        local, parts = routing.local, self.parts(routing)
+        del routing
+        y = self.compute(x, parts)
+        if local is not None:
+            y = (y + local).to(y.dtype)
         if self.shared is not None:
             y = self.shared(x, y)
-        return y, LayerReport(routing.losses, statistics(routing.decision, context), routing.sums, routing.scores)
+        return y, report
 
     def routers(self) -> list[nn.Module]:
         """One, or of strata one each."""
@@ -59,20 +60,21 @@ class MoELayer(nn.Module):
         """One for each size of expert."""
         return [self.experts] if self.members is None else list(self.experts)  # type: ignore[arg-type, list-item]
 
-    def compute(self, x: Tensor, routing: Routing) -> Tensor:
-        """x: (T, D) -> (T, D): the weighted sum of each token's experts, 0 for a token without routes."""
+    def compute(self, x: Tensor, parts: list[Routing]) -> Tensor:
+        """x: (T, D) -> (T, D): the weighted sum of each token's experts, 0 for a token without routes. parts: of `parts`; it is emptied, since
+        matrices of size T x E are not needed any more once dispatch has made lists of routes of them."""
         outputs = []
-        for experts, part in zip(self.expert_groups(), self._parts(routing), strict=True):
-            work, plan = self.dispatcher.dispatch(x, part)
+        for experts in self.expert_groups():
+            work, plan = self.dispatcher.dispatch(x, parts.pop(0))
             outputs.append(self.dispatcher.combine(experts(work), plan))
         return sum(outputs[1:], outputs[0])
 
-    def _parts(self, routing: Routing) -> Iterator[Routing]:
+    def parts(self, routing: Routing) -> list[Routing]:
         """The routes to each group of experts."""
         if self.members is None:
-            yield routing
-            return
-        decision = routing.decision
+            return [routing]
+        decision, parts = routing.decision, []
         for members in self.members:
             probes = None if decision.probes is None else decision.probes[:, members]
-            yield Routing(Decision(decision.active[:, members], probes), routing.weights[:, members])
+            parts.append(Routing(Decision(decision.active[:, members], probes), routing.weights[:, members]))
+        return parts

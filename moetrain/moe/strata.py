@@ -58,7 +58,7 @@ class StratifiedMoELayer(MoELayer):
             first = E - routing.weights.shape[1]
             active = pad(routing.decision.active, (first, 0))
             weights = pad(routing.weights, (first, 0))
-            y = y + self.compute(seen, Routing(Decision(active), weights))
+            y = y + self.compute(seen, self.parts(Routing(Decision(active), weights)))
             best = weights.detach().argmax(-1)
             # Kept for recomputation, which could fall on the other side of a near tie.
             state = recorded(lambda best=best, here=here, state=state: torch.where(here, stratum[best] + 1, state))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from moetrain.config import (
     BaseLayersRouter,
+    BudgetRouter,
     DynMoERouter,
     ExpertChoiceRouter,
     HashRouter,
@@ -97,11 +98,13 @@ def pair(config: ModelConfig, seed: int = 0, scale: float = 1.0, shift: float = 
 def compare(ours, loop, x, context, residual, tolerance=1e-11):
     generator = torch.Generator().manual_seed(7)
     grad = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    results = []
+    results, learned = [], None
     for layer in (ours, loop):
         xs, rs = x.clone().requires_grad_(), residual.clone().requires_grad_()
         y, report = layer(xs, context, rs)
-        (y * grad).sum().add(sum((i + 1) * v for i, v in enumerate(report.losses.values()))).backward()
+        # A loss whose coefficient is 0 may be a figure only.
+        learned = {name for name, v in report.losses.items() if v.requires_grad} if learned is None else learned
+        (y * grad).sum().add(sum((i + 1) * v for i, (name, v) in enumerate(report.losses.items()) if name in learned)).backward()
         grads = {n: p.grad for n, p in layer.named_parameters()} | {"x": xs.grad, "residual": rs.grad}
         results.append((y, report, grads))
         layer.zero_grad()
@@ -135,6 +138,18 @@ def test_matches_the_loop(name):
     compare(ours, loop, x, context, residual)
     if not isinstance(ROUTERS[name], SigmoidSteRouter):  # evaluation: nothing is drawn or dropped; the loop has no sigmoid_ste without probes
         compare(ours.eval(), loop.eval(), x, context, residual)
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 1e-3])
+@pytest.mark.parametrize("router", [TopKRouter(top_k=2), BudgetRouter()])
+def test_z_is_a_figure_without_a_coefficient(router, coefficient):
+    """The z-loss always has its value, and a gradient, for which the logits are kept, only where it counts."""
+    layer = MoELayer(model_config(router.model_copy(update={"z_coef": coefficient})), 0).double()
+    torch.nn.init.normal_(layer.router.weight)
+    x = torch.randn(7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    z = layer(x, TokenContext(keys=torch.arange(7)), x)[1].losses["z"]
+    torch.testing.assert_close(z, torch.logsumexp(x @ layer.router.weight.T, -1).square().mean())
+    assert z.requires_grad == (coefficient > 0)
 
 
 @pytest.mark.parametrize("name", ["exact", "sampled", "off", "top1"])

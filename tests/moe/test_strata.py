@@ -108,7 +108,7 @@ def test_losses_are_means_over_passes():
             _, _, passes = walk(layer, "top1", x)
             here = torch.tensor(passes) == 2
             one, _ = layer.router[0](x, TokenContext()), None
-            s = x + layer.compute(x, one)
+            s = x + layer.compute(x, layer.parts(one))
     assert 0 < routed[1] < routed[0]
     torch.testing.assert_close(report.losses["balance"], total / 2, rtol=1e-12, atol=1e-12)
 
@@ -133,9 +133,9 @@ def test_computed_again_it_repeats_its_way():
     x = torch.randn(30, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     routes, here, compute = [], [], layer.compute
 
-    def noted(x, routing):
-        routes.append(routing.decision.active)
-        return compute(x, routing)
+    def noted(x, parts):
+        routes.append(parts[0].decision.active)
+        return compute(x, parts)
 
     layer.compute = noted
     for router in layer.router:

@@ -16,6 +16,7 @@ from moetrain.config.routers import BudgetRouter
 from moetrain.moe.balance import product_of_shares
 from moetrain.moe.routers.base import router_for, whole
 from moetrain.moe.routing import Decision, Routing, TokenContext, group_sum, recorded, shares, token_count
+from moetrain.moe.weights import share
 from moetrain.moe.wide import wide_linear
 
 
@@ -40,15 +41,15 @@ class Budget(nn.Module):
     def forward(self, x: Tensor, context: TokenContext) -> Routing:
         """x: (T, D). Losses: `balance`, E sum_e f_e P_e with P the mean softmax; `z`, the mean of logsumexp(z)^2."""
         logits = wide_linear(x, self.weight)
-        probabilities, log_partition = torch.softmax(logits, -1), torch.logsumexp(logits, -1)
+        probabilities = torch.softmax(logits, -1)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.options.z_coef > 0):  # without it, the logits need not be kept
+            log_partition = torch.logsumexp(logits, -1)
         # Compared in float32: equal tokens, such as the first of documents, then tie, whatever a GEMM of another batch shape rounds them to.
         ranking = (probabilities if self.options.rank_by == "probability" else logits).detach().float()
         decision, cuts = recorded(lambda: self.decide(ranking, context))
-        weights = probabilities * decision.active
-        if self.options.normalize:
-            total = weights.sum(-1, keepdim=True)
-            weights = weights / torch.where(total > 0, total, 1)  # 0 / 1 for a token without routes
-        weights = weights * self.options.output_scale
+        weights = share(probabilities, decision.active) if self.options.normalize else probabilities * decision.active
+        if self.options.output_scale != 1:
+            weights = weights * self.options.output_scale
         if context.valid is not None:
             probabilities, log_partition = probabilities * context.valid[:, None], log_partition * context.valid
         tokens = token_count(context, x)

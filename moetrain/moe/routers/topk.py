@@ -18,6 +18,7 @@ from moetrain.moe.capacity import within_capacity, within_groups
 from moetrain.moe.routers.base import router_for
 from moetrain.moe.routers.softmax import largest
 from moetrain.moe.routing import Decision, Routing, TokenContext, group_sum, normal, recorded, shares, token_count, uniform
+from moetrain.moe.weights import share
 from moetrain.moe.wide import wide_linear
 
 JITTER, NOISE, SECOND, DROP = range(1, 5)
@@ -63,12 +64,10 @@ class TopK(nn.Module):
         scores = torch.sigmoid(logits) if options.score == "sigmoid" else torch.softmax(logits, -1)
         decision: Decision = recorded(lambda: self.decide(logits.detach(), scores.detach(), context))
         chosen = decision.active if decision.chosen is None else decision.chosen
-        weights = scores * chosen
-        if options.normalize:
-            # A row without routes is padding: 0 / 1.
-            total = weights.sum(-1, keepdim=True)
-            weights = weights / torch.where(total > 0, total, 1)
-        log_partition = torch.logsumexp(logits, -1)
+        weights = share(scores, chosen) if options.normalize else scores * chosen
+        # Without a coefficient it is a figure to look at, and the logits need not be kept for its gradient.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and options.z_coef > 0):
+            log_partition = torch.logsumexp(logits, -1)
         if context.valid is not None:
             log_partition = log_partition * context.valid
         tokens = token_count(context, x)
@@ -81,8 +80,8 @@ class TopK(nn.Module):
                 load = load if context.valid is None else load * context.valid[:, None]
             losses["cv"] = squared_variations(context, clean, weights.sum(0), load.sum(0))
         # A dropped route is none; its weight does not go to the others.
-        weights = weights * options.output_scale if decision.chosen is None else weights * decision.active * options.output_scale
-        return Routing(decision, weights, losses)
+        weights = weights if decision.chosen is None else weights * decision.active
+        return Routing(decision, weights if options.output_scale == 1 else weights * options.output_scale, losses)
 
     def logits(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, E). The cosine gate is the plain one, without X-MoE's (arXiv 2204.09179) projection and learned temperature."""

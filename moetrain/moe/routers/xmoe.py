@@ -14,6 +14,7 @@ from moetrain.moe.capacity import within_capacity
 from moetrain.moe.routers.base import router_for
 from moetrain.moe.routing import Decision, Routing, TokenContext, group_sum, recorded, shares, token_count
 from moetrain.moe.target import OFFSETS, log_odds, step_to
+from moetrain.moe.weights import share
 from moetrain.moe.wide import wide_linear
 
 
@@ -47,11 +48,8 @@ class XMoE(nn.Module):
         logits = wide_linear(x, self.weight)
         scores = torch.softmax(logits, -1)
         decision, sums = recorded(lambda: self.decide(logits.detach(), scores.detach(), context))
-        weights = scores * (decision.active if decision.chosen is None else decision.chosen)
-        if self.options.normalize:
-            # A row without routes is padding: 0 / 1.
-            total = weights.sum(-1, keepdim=True)
-            weights = weights / torch.where(total > 0, total, 1)
+        chosen = decision.active if decision.chosen is None else decision.chosen
+        weights = share(scores, chosen) if self.options.normalize else scores * chosen
         # A dropped route is none; its weight does not go to the others.
         weights = weights if decision.chosen is None else weights * decision.active
         counted = scores if context.valid is None else scores * context.valid[:, None]
