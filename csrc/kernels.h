@@ -96,6 +96,38 @@ struct SwigluDotArgs {
   void* out;            // (R,) acc
 };
 
+// Rows of this rank straight into the ranks' buffers: row p goes to the rank w with begins[w] <= p < begins[w + 1], as row
+// places[w] + p - begins[w] of its buffer. Every buffer can be written from here (shared memory, or a GPU's peer memory).
+struct PushArgs {
+  const void* x;           // (N, row_bytes)
+  const int32_t* tokens;   // (P,) row of x of each row sent, or null for all N in their order
+  const int32_t* begins;   // (W + 1,) rising from 0 to P
+  const int32_t* places;   // (W,)
+  const int64_t* buffers;  // (W,) addresses, each aligned to 16
+  int64_t num_rows;        // N
+  int64_t num_pairs;       // P
+  int64_t num_ranks;       // W
+  int64_t row_bytes;
+  int64_t capacity;        // bytes of a buffer
+};
+
+// The way back: out[t] = sum over j in [row_offsets[t], row_offsets[t + 1]) of the row that `push` would write for p = positions[j], in ascending j in
+// acc.
+struct PullArgs {
+  DType dtype;
+  const int32_t* row_offsets;  // (T + 1,)
+  const int32_t* positions;    // (P,)
+  const int32_t* begins;       // (W + 1,)
+  const int32_t* places;       // (W,)
+  const int64_t* buffers;      // (W,) addresses of (.., D), each aligned to 16
+  int64_t num_tokens;          // T
+  int64_t num_pairs;           // P
+  int64_t num_ranks;           // W
+  int64_t dim;                 // D
+  int64_t capacity;            // bytes of a buffer
+  void* out;                   // (T, D)
+};
+
 // The experts' SwiGLU FFNs over a route list, CPU, float32 and bfloat16. out[t] = sum over the routes r of t of
 // weights[r] (silu(x G^T) * (x U^T)) V^T, with x = rows[tokens[r]], G | U and V the expert's matrices; and its derivatives. The probe pass
 // computes grad_weights alone, from rows and grad. Rows "+ 8" are never read for a result: blocks of rows are rounded up.
@@ -136,6 +168,8 @@ void combine_backward(const CombineBackwardArgs& args);
 void swiglu(const SwigluArgs& args);
 void swiglu_backward(const SwigluBackwardArgs& args);
 void swiglu_dot(const SwigluDotArgs& args);
+void push_rows(const PushArgs& args);
+void pull_rows(const PullArgs& args);
 bool has_experts(DType dtype);  // whether this torch on this processor has what the passes below are made of
 int64_t experts_row_elements(DType dtype, int64_t dim);
 int64_t experts_workspace(const ExpertsArgs& args, ExpertsPass pass);
@@ -154,6 +188,8 @@ void combine_backward(const CombineBackwardArgs& args, void* stream);
 void swiglu(const SwigluArgs& args, void* stream);
 void swiglu_backward(const SwigluBackwardArgs& args, void* stream);
 void swiglu_dot(const SwigluDotArgs& args, void* stream);
+void push_rows(const PushArgs& args, void* stream);
+void pull_rows(const PullArgs& args, void* stream);
 }  // namespace cuda
 
 }  // namespace moetrain

@@ -34,6 +34,8 @@ STABLE_TORCH_LIBRARY(moetrain, m) {
       "swiglu_backward(Tensor grad, Tensor gate_up, Tensor? weights) -> "
       "(Tensor grad_gate_up, Tensor grad_weights, Tensor activation)");
   m.def("swiglu_dot(Tensor grad, Tensor gate_up) -> Tensor");
+  m.def("push_rows(Tensor x, Tensor? tokens, Tensor begins, Tensor places, Tensor buffers, int capacity) -> ()");
+  m.def("pull_rows(Tensor like, Tensor row_offsets, Tensor positions, Tensor begins, Tensor places, Tensor buffers, int capacity) -> Tensor");
   m.def("has_experts(Tensor like) -> bool");
   m.def(
       "experts(Tensor rows, Tensor gate_up, Tensor down, Tensor weights, Tensor tokens, Tensor counts) -> (Tensor out, Tensor pre)");
@@ -119,12 +121,12 @@ void check_range(const char* op, const char* name, const Tensor& index, int64_t 
 }
 
 // row_offsets must rise from 0 to the number of routes.
-void check_offsets(const char* op, const Tensor& row_offsets, int64_t num_routes) {
+void check_offsets(const char* op, const Tensor& row_offsets, int64_t num_routes, const char* name = "row_offsets") {
   if (!row_offsets.is_cpu()) return;
   const int32_t* values = static_cast<const int32_t*>(row_offsets.const_data_ptr());
   const int64_t size = row_offsets.numel();
   if (values[0] == 0 && values[size - 1] == num_routes && std::is_sorted(values, values + size)) return;
-  fail(op, "row_offsets", "offsets that rise from 0 to " + std::to_string(num_routes),
+  fail(op, name, "offsets that rise from 0 to " + std::to_string(num_routes),
        std::to_string(values[0]) + " to " + std::to_string(values[size - 1]) + ", or a fall between");
 }
 
@@ -345,6 +347,88 @@ Tensor swiglu_dot(Tensor grad, Tensor gate_up) {
   return out;
 }
 
+// Where each rank's rows begin here and there, and the addresses of the ranks' buffers. Tensors are kept here as long as their pointers are used.
+struct Peers {
+  Tensor begins, places, buffers;
+  int64_t num_ranks;
+
+  Peers(const char* op, const Tensor& begins_, const Tensor& places_, const Tensor& buffers_, int64_t num_pairs, const Tensor& like)
+      : begins(begins_), places(places_), buffers(buffers_), num_ranks(buffers_.numel()) {
+    begins = checked_index(op, "begins", begins, num_ranks + 1, like);
+    places = checked_index(op, "places", places, num_ranks, like);
+    check_device(op, "buffers", buffers, like);
+    check_dtype(op, "buffers", buffers, ScalarType::Long);
+    check_shape(op, "buffers", buffers, {num_ranks});
+    buffers = contiguous(buffers);
+    check_offsets(op, begins, num_pairs, "begins");
+  }
+
+  // On CUDA the kernels check it: looking here would wait for the device.
+  void check_room(const char* op, int64_t row_bytes, int64_t capacity) const {
+    if (!begins.is_cpu()) return;
+    for (int64_t w = 0; w < num_ranks; ++w) {
+      const int64_t last = int64_t{place()[w]} + begin()[w + 1] - begin()[w];
+      if (place()[w] >= 0 && last * row_bytes <= capacity) continue;
+      fail(op, "places", "rows within a buffer of " + std::to_string(capacity) + " bytes", "row " + std::to_string(last) + " of " + std::to_string(row_bytes));
+    }
+  }
+
+  const int32_t* begin() const { return static_cast<const int32_t*>(begins.const_data_ptr()); }
+  const int32_t* place() const { return static_cast<const int32_t*>(places.const_data_ptr()); }
+  const int64_t* buffer() const { return static_cast<const int64_t*>(buffers.const_data_ptr()); }
+};
+
+void push_rows(Tensor x, OptionalTensor tokens, Tensor begins, Tensor places, Tensor buffers, int64_t capacity) {
+  const char* op = "push_rows";
+  CHECK_SHAPE(op, x, kAnySize, kAnySize);
+  const int64_t num_rows = x.size(0), num_pairs = tokens ? tokens->numel() : num_rows;
+  if (tokens) {
+    tokens = checked_index(op, "tokens", *tokens, num_pairs, x);
+    check_range(op, "tokens", *tokens, num_rows);
+  }
+  const Peers peers(op, begins, places, buffers, num_pairs, x);
+  x = contiguous(x);
+  const int64_t row_bytes = x.size(1) * static_cast<int64_t>(x.element_size());
+  peers.check_room(op, row_bytes, capacity);
+  PushArgs args{};
+  args.x = x.const_data_ptr();
+  args.tokens = static_cast<const int32_t*>(data_or_null(tokens));
+  args.begins = peers.begin(), args.places = peers.place(), args.buffers = peers.buffer();
+  args.num_rows = num_rows;
+  args.num_pairs = num_pairs;
+  args.num_ranks = peers.num_ranks;
+  args.row_bytes = row_bytes;
+  args.capacity = capacity;
+  LAUNCH(push_rows, x, args);
+}
+
+Tensor pull_rows(Tensor like, Tensor row_offsets, Tensor positions, Tensor begins, Tensor places, Tensor buffers, int64_t capacity) {
+  const char* op = "pull_rows";
+  CHECK_SHAPE(op, like, kAnySize, kAnySize);
+  const DType dtype = data_dtype(op, "like", like);
+  const int64_t num_tokens = tokens_of(op, row_offsets), num_pairs = positions.numel(), dim = like.size(1);
+  row_offsets = checked_index(op, "row_offsets", row_offsets, num_tokens + 1, like);
+  positions = checked_index(op, "positions", positions, num_pairs, like);
+  check_offsets(op, row_offsets, num_pairs);
+  check_range(op, "positions", positions, num_pairs);
+  const Peers peers(op, begins, places, buffers, num_pairs, like);
+  peers.check_room(op, dim * static_cast<int64_t>(like.element_size()), capacity);
+  Tensor out = empty({num_tokens, dim}, like.scalar_type(), like);
+  PullArgs args{};
+  args.dtype = dtype;
+  args.row_offsets = static_cast<const int32_t*>(row_offsets.const_data_ptr());
+  args.positions = static_cast<const int32_t*>(positions.const_data_ptr());
+  args.begins = peers.begin(), args.places = peers.place(), args.buffers = peers.buffer();
+  args.num_tokens = num_tokens;
+  args.num_pairs = num_pairs;
+  args.num_ranks = peers.num_ranks;
+  args.dim = dim;
+  args.capacity = capacity;
+  args.out = out.mutable_data_ptr();
+  LAUNCH(pull_rows, like, args);
+  return out;
+}
+
 // The experts' block, CPU only.
 
 // Like `empty`, in huge pages if the system has them and the tensor is large: it is written whole and at once, and a fault for each 4 KiB of
@@ -474,7 +558,9 @@ Tensor experts_probe(Tensor grad, Tensor rows, Tensor gate_up, Tensor down, Tens
   m.impl("combine_backward", TORCH_BOX(&combine_backward)); \
   m.impl("swiglu", TORCH_BOX(&swiglu));                 \
   m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward)); \
-  m.impl("swiglu_dot", TORCH_BOX(&swiglu_dot))
+  m.impl("swiglu_dot", TORCH_BOX(&swiglu_dot));         \
+  m.impl("push_rows", TORCH_BOX(&push_rows));           \
+  m.impl("pull_rows", TORCH_BOX(&pull_rows))
 
 }  // namespace
 

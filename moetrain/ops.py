@@ -33,6 +33,8 @@ __all__ = [
     "experts_probe",
     "has_experts",
     "permute",
+    "pull_rows",
+    "push_rows",
     "route",
     "swiglu",
     "swiglu_backward",
@@ -111,6 +113,28 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tu
 def swiglu_dot(grad: Tensor, gate_up: Tensor) -> Tensor:
     """<grad_r, silu(gate_r) * up_r>: (R, F), (R, 2 F) -> (R,) acc, and nothing else. Not differentiable."""
     return _ops.swiglu_dot(grad, gate_up)
+
+
+def push_rows(x: Tensor, tokens: Tensor | None, begins: Tensor, places: Tensor, buffers: Tensor, capacity: int) -> None:
+    """Copies rows straight into the memory of W ranks, which this process can write. Not differentiable.
+
+    x: (N, D) of any dtype. tokens: (P,) the row of x of each of the P rows sent, or None for x's own rows. begins: (W + 1,) int32: rows
+    begins[w] .. begins[w + 1] go to rank w, where they become rows places[w] .. of its buffer; places: (W,) int32. buffers: (W,) int64, the
+    buffers' addresses, aligned to 16 bytes; on the device of x. capacity: bytes of each buffer. Rows that don't fit raise on the CPU and trap on
+    CUDA. Nothing here waits until the others may read: see `moe.peers`.
+    """
+    _ops.push_rows(x, tokens, begins, places, buffers, capacity)
+
+
+def pull_rows(
+    like: Tensor, row_offsets: Tensor, positions: Tensor, begins: Tensor, places: Tensor, buffers: Tensor, capacity: int
+) -> Tensor:
+    """Adds up each token's rows where they lie in the memory of W ranks: (T, D), y_t = sum over j in row_offsets[t] .. row_offsets[t + 1] of the
+    row that `push_rows` with the same begins, places and buffers would write for p = positions[j]. Not differentiable.
+
+    like: (.., D), of the rows' dtype and on their device. The sum is taken in acc by ascending j.
+    """
+    return _ops.pull_rows(like, row_offsets, positions, begins, places, buffers, capacity)
 
 
 def has_experts(device: torch.device, dtype: torch.dtype) -> bool:
@@ -221,6 +245,16 @@ def _(grad, gate_up):
     return gate_up.new_empty((gate_up.shape[0],), dtype=acc_dtype(gate_up.dtype))
 
 
+@torch.library.register_fake("moetrain::push_rows")
+def _(x, tokens, begins, places, buffers, capacity):
+    return None
+
+
+@torch.library.register_fake("moetrain::pull_rows")
+def _(like, row_offsets, positions, begins, places, buffers, capacity):
+    return like.new_empty((row_offsets.shape[0] - 1, like.shape[1]))
+
+
 @torch.library.register_fake("moetrain::experts")
 def _(rows, gate_up, down, weights, tokens, counts):
     return torch.empty_like(rows, memory_format=torch.contiguous_format), rows.new_empty((tokens.shape[0], gate_up.shape[1]))
@@ -303,5 +337,5 @@ def _register_no_gradient(name: str) -> None:
     torch.library.register_autograd(f"moetrain::{name}", backward)
 
 
-for _name in ("combine_backward", "swiglu_backward", "swiglu_dot", "experts_backward", "experts_probe"):
+for _name in ("combine_backward", "swiglu_backward", "swiglu_dot", "experts_backward", "experts_probe", "pull_rows"):
     _register_no_gradient(_name)

@@ -43,7 +43,7 @@ from moetrain.moe.routers import changes_after_step
 from moetrain.moe.routing import StepCounts
 from moetrain.parallel.grads import gradient_norm, scale_gradients
 from moetrain.parallel.mesh import build_meshes, limit_collectives, start_processes
-from moetrain.parallel.parallelize import add_whole, clear_where
+from moetrain.parallel.parallelize import add_whole, choose_exchange, clear_where
 from moetrain.records import EVENTS, METRICS, ROUTING
 from moetrain.stragglers import StepTimes
 from moetrain.watchdog import Watchdog
@@ -138,6 +138,7 @@ class Trainer:
         else:
             self._check_same_model(resume_step)
             self.model = empty_model(self.model_config, self.train_config, self.device, meshes)
+        self.exchange = choose_exchange(self.model, meshes, self.parallel.exchange, self.device)
         if self.train_config.compile:
             compile_parts(self.model, self.device)
         self.parameters = dict(self.model.named_parameters())
@@ -201,6 +202,8 @@ class Trainer:
         ]
         if model.moe:
             lines.append("experts: " + ("grouped_mm" if grouped else "a GEMM per expert (grouped_mm is for bfloat16 on CUDA)"))
+        if self.exchange is not None:
+            lines.append(f"exchange: {self.exchange}")
         return "\n".join(lines)
 
     def _together(self, read: Any) -> Any:

@@ -285,7 +285,7 @@ class Watchdog:
 
 
 def collective_of(error: BaseException) -> str | None:
-    """Name of the collective that failed and the place that called it, such as `all_to_all_single (moe/dispatch.py:139, exchange)`; None: the
+    """Name of the collective that failed and the place that called it, such as `all_to_all_single (moe/exchange.py:64, exchange)`; None: the
     error is another one. gloo has no error class of its own, but its name stands in the text."""
     import torch.distributed as dist
 

@@ -660,6 +660,7 @@ READ: dict[str, tuple[str, str]] = {
     "ParallelConfig.dp_replicate": ("parallel/mesh.py", "parallel.dp_replicate"),
     "ParallelConfig.dp_shard": ("parallel/mesh.py", "parallel.dp_shard"),
     "ParallelConfig.ep": ("parallel/mesh.py", "parallel.ep"),
+    "ParallelConfig.exchange": ("train.py", "parallel.exchange"),
     "ParallelConfig.timeout_seconds": ("train.py", "parallel.timeout_seconds"),
     "ScheduleConfig.type": ("train.py", "schedule.type"),
     "ScheduleConfig.warmup_steps": ("train.py", "schedule.warmup_steps"),

@@ -61,7 +61,7 @@ def _lose_a_route(trainer: Trainer) -> None:
 
     if dist.get_rank() == 1:
         layer = trainer.model.layers[1].ffn
-        layer.dispatcher = Losing(layer.dispatcher.group)
+        layer.dispatcher = Losing(layer.dispatcher.exchange)
 
 
 def _decide_anew(trainer: Trainer) -> None:

@@ -224,7 +224,11 @@ def layout_id(layout: tuple[int, int, int]) -> str:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
 def test_ranks_equal_one_rank(layout, data, tmp_path):
-    configs = [make_config(data, router, layout, run_dir=str(tmp_path / router)) for router in ROUTERS]
+    # Messages and shared memory by turns.
+    ways = [("collective", "peers")[i % 2] for i in range(len(ROUTERS))]
+    configs = [
+        make_config(data, router, layout, run_dir=str(tmp_path / router), parallel__exchange=way) for router, way in zip(ROUTERS, ways)
+    ]
     for router, config, got in zip(ROUTERS, configs, start(configs, "mixed")):
         assert_same(got, wanted(config, router, "mixed"), config.train.grad_clip)
 

@@ -7,6 +7,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from moetrain.bench import measure
 from moetrain.bench.measure import Table
 from moetrain.bench.rivals import Problem, Shape, make
 from moetrain.config import ConfigError
-from moetrain.moe.dispatch import AllToAllDispatcher, exchange
+from moetrain.moe.dispatch import AllToAllDispatcher
+from moetrain.moe.exchange import Collective, exchange
+from moetrain.moe.peers import Peers, open_exchange
 from moetrain.moe.routing import Decision, Routing
 
-OURS, BY_ROUTE, ALONE = "moetrain", "a row per route", "exchange alone"
+OURS, PEERS, BY_ROUTE, ALONE = "moetrain", "moetrain, peers", "a row per route", "exchange alone"
 _COLUMNS = ["shape T,D,F,E,k", "dtype", "routing", "ranks", "way", "ms", "spread %", "MB sent", "of exchange"]
 
 
@@ -40,6 +43,7 @@ def run(shapes: list[Shape], dtypes: list[torch.dtype], routings: list[str], rou
     title = f"Dispatch and combine without experts, forward + backward, {ranks} ranks of {torch.get_num_threads()} thread(s) on this machine"
     notes = [
         f"{OURS}: a token goes once to each rank that has an expert for it, with all its weights; one row comes back.",
+        f"{PEERS}: the same, straight into the memory of the other ranks.",
         f"{BY_ROUTE}: a token goes once for each of its experts, and each sends a row back (dispatchers with (tokens, k) tensors do).",
         f"{ALONE}: the all-to-alls of ours with rows that lie ready; its time over the way's time is `of exchange`.",
         "MB sent: by the fullest rank in a step, to others and to itself; times are those of the slowest rank.",
@@ -97,9 +101,9 @@ def ways_of(problem: Problem, ranks: int, group: dist.ProcessGroup) -> dict[str,
     active, shape = problem.active, problem.shape
     x, weights = problem.x.clone().requires_grad_(), problem.weights.clone().requires_grad_()
     local, size = shape.experts // ranks, problem.x.element_size()
-    dispatcher, decision = AllToAllDispatcher(group), Decision(active)
+    decision = Decision(active)
 
-    def ours() -> Tensor:
+    def ours(dispatcher: AllToAllDispatcher) -> Tensor:
         x.grad = weights.grad = None
         work, plan = dispatcher.dispatch(x, Routing(decision, weights))
         row = work.routes.tokens.long()
@@ -139,8 +143,11 @@ def ways_of(problem: Problem, ranks: int, group: dist.ProcessGroup) -> dict[str,
         return home
 
     row, routes = shape.hidden * size, int(active.sum())
-    return {
-        ALONE: (alone, 2 * row * (sum(there) + sum(back))),
-        OURS: (ours, 2 * row * (sum(there) + sum(back))),
+    by_pair = 2 * row * (sum(there) + sum(back))
+    ways = {ALONE: (alone, by_pair), OURS: (partial(ours, AllToAllDispatcher(Collective(group))), by_pair)}
+    exchanges = open_exchange("auto", group, x.device)[0]
+    if isinstance(exchanges, Peers):
+        ways[PEERS] = (partial(ours, AllToAllDispatcher(exchanges)), by_pair)
+    return ways | {
         BY_ROUTE: (by_route, 4 * row * routes),
     }

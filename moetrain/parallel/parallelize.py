@@ -18,7 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from moetrain.config import TrainConfig
 from moetrain.model import Block, Transformer
 from moetrain.moe.dispatch import AllToAllDispatcher
+from moetrain.moe.exchange import Collective
 from moetrain.moe.layer import MoELayer
+from moetrain.moe.peers import open_exchange
 from moetrain.moe.routing import replay_contexts
 from moetrain.parallel.mesh import Meshes
 
@@ -44,7 +46,19 @@ def _spread_experts(layer: MoELayer, meshes: Meshes) -> None:
             assert parameter.is_meta, "experts are spread before they have values: a rank never holds all of them"
             local = parameter.new_empty(parameter.shape[0] // ep.size(), *parameter.shape[1:])
             setattr(experts, name, nn.Parameter(DTensor.from_local(local, ep, [Shard(0)], run_check=False)))
-    layer.dispatcher = AllToAllDispatcher(ep.get_group())
+    layer.dispatcher = AllToAllDispatcher(Collective(ep.get_group()))
+
+
+def choose_exchange(model: Transformer, meshes: Meshes | None, choice: str, device: torch.device) -> str | None:
+    """Let all layers' dispatchers exchange by `choice` (`parallel.exchange`). Collective. Returns what is used and why, None where nothing is
+    exchanged. ValueError if `peers` is asked for and impossible."""
+    dispatchers = [m.dispatcher for m in model.modules() if isinstance(m, MoELayer) and isinstance(m.dispatcher, AllToAllDispatcher)]
+    if meshes is None or meshes.ep_group is None or not dispatchers:
+        return None
+    exchange, reason = open_exchange(choice, meshes.ep_group, device)
+    for dispatcher in dispatchers:
+        dispatcher.exchange = exchange
+    return f"{exchange.name} ({reason})"
 
 
 def _checkpoint(block: Block) -> None:

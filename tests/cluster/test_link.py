@@ -44,7 +44,7 @@ def test_cut_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     place.config(
-        layout=(1, 1, 2), train__steps=STEPS, checkpoint={"every": 10}, parallel__timeout_seconds=TIMEOUT,
+        layout=(1, 1, 2), train__steps=STEPS, checkpoint={"every": 10}, parallel__timeout_seconds=TIMEOUT, parallel__exchange="collective",
         watchdog={"start_seconds": 200.0, "step_seconds": 60.0, "checkpoint_seconds": 60.0},
     )  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moetrain"]
@@ -78,7 +78,7 @@ def test_cut_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         until(lambda: told(0) and told(1), "message of both sides", log)
         # A collective may begin anew once after the cut: what was sent already counts as done.
         assert time.monotonic() - cut < 60, "far beyond the limit of a collective"
-        assert "all_to_all_single (moe/dispatch.py:" in told(0)[0], told(0)
+        assert "all_to_all_single (moe/exchange.py:" in told(0)[0], told(0)
         for rank in range(2):
             # By its own limit, or by the word of the other, which was first by a moment.
             assert f"step {step + 1}, forward and backward: " in told(rank)[0] and any(x in told(rank)[0] for x in COLLECTIVES), told(rank)

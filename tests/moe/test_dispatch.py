@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 
 from moetrain.config import ModelConfig, MoEConfig, SigmoidSteRouter, TopKRouter
-from moetrain.moe import dispatch
+from moetrain.moe import exchange
 from moetrain.moe.dispatch import AllToAllDispatcher
 from moetrain.moe.layer import MoELayer
+from moetrain.moe.peers import open_exchange
 from moetrain.moe.routing import TokenContext
 from tests.distributed import run
 
@@ -56,7 +57,7 @@ def train(layer: MoELayer, x, grad, keys, group=None):
     return y.detach(), x.grad, report
 
 
-def rank_main(router: str, skew: str, shares: list[int]):
+def rank_main(router: str, skew: str, shares: list[int], way: str = "collective"):
     """One rank's part: its tokens, its experts; what is compared is gathered by the parent."""
     rank, world = dist.get_rank(), dist.get_world_size()
     layer = build(router, skew)
@@ -64,20 +65,20 @@ def rank_main(router: str, skew: str, shares: list[int]):
     mine = slice(rank * local, (rank + 1) * local)
     layer.experts.gate_up = torch.nn.Parameter(layer.experts.gate_up.detach()[mine].clone())
     layer.experts.down = torch.nn.Parameter(layer.experts.down.detach()[mine].clone())
-    layer.dispatcher = AllToAllDispatcher(dist.group.WORLD)
+    layer.dispatcher = AllToAllDispatcher(open_exchange(way, dist.group.WORLD, torch.device("cpu"))[0])
     start = sum(shares[:rank])
     tokens = slice(start, start + shares[rank])
     x, grad = inputs()
     sent: list[tuple[tuple[int, ...], int]] = []
-    original = dispatch.exchange
+    original = exchange.exchange
 
     def counted(tensor, send, receive, group):
         sent.append((tuple(tensor.shape), tensor.nbytes))
         return original(tensor, send, receive, group)
 
-    dispatch.exchange = counted
+    exchange.exchange = counted
     y, dx, report = train(layer, x[tokens], grad[tokens], torch.arange(T)[tokens], dist.group.WORLD)
-    dispatch.exchange = original
+    exchange.exchange = original
     grads = [p.grad.numpy() for p in (layer.router.weight, layer.experts.gate_up, layer.experts.down)]
     losses = {k: float(v.detach()) for k, v in report.losses.items()}
     return y.numpy(), dx.numpy(), *grads, losses, report.stats["load"].numpy(), sent
@@ -93,14 +94,15 @@ def cat(parts, i: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("skew", ["mixed", "closed", "one expert", "one rank"])
 @pytest.mark.parametrize("router", ROUTERS)
-def test_ranks_compute_what_one_rank_computes(router, skew):
+@pytest.mark.parametrize("way", ["collective", "peers"])
+def test_ranks_compute_what_one_rank_computes(way, router, skew):
     """Outputs, input gradients, router and expert gradients, losses: 2 and 4 ranks against 1, in float64; the ranks have different numbers of
-    tokens, one of them none."""
+    tokens, one of them none. By messages and through shared memory."""
     layer = build(router, skew)
     x, grad = inputs()
     y, dx, report = train(layer, x, grad, torch.arange(T))
     for shares in ([T, 0], [5, 0, 12, 7]):
-        parts = run(rank_main, len(shares), router, skew, shares)
+        parts = run(rank_main, len(shares), router, skew, shares, way)
         close(cat(parts, 0), y)
         close(cat(parts, 1), dx)
         close(sum(torch.as_tensor(p[2]) for p in parts), layer.router.weight.grad)
