@@ -18,7 +18,8 @@ struct RouteArgs {
   const uint8_t* mask;   // (T, E), 0 or not
   int64_t num_tokens;    // T
   int64_t num_experts;   // E
-  int64_t num_routes;    // R, the number of ones in mask according to the caller
+  int64_t num_routes;    // R, the number of ones in mask according to the caller, or with `padded` room for at least as many
+  bool padded;           // what is left of tokens and positions is 0
   int32_t* tokens;       // (R,) token of each route
   int32_t* counts;       // (E,) routes per expert
   int32_t* row_offsets;  // (T + 1,) routes before each token
@@ -139,7 +140,7 @@ struct ExpertsArgs {
   const void* down;       // (E, D, F)
   const float* weights;   // (R,); not of the probe pass
   const int32_t* tokens;  // (R,) sorted by expert
-  const int32_t* counts;  // (E,) adding up to R
+  const int32_t* counts;  // (E,) adding up to R at most; rows of later routes are neither read nor written
   const void* grad;       // (N, D): of out; backward and probe
   int64_t num_rows;       // N
   int64_t num_routes;     // R
@@ -153,14 +154,14 @@ struct ExpertsArgs {
   void* grad_rows;        // (N, D), or null; backward, as those below
   void* grad_gate_up;     // (E, 2 F, D), or null
   void* grad_down;        // (E, D, F), or null
-  float* grad_weights;    // (R,): <grad[tokens[r]], output of the expert before its weight>
+  float* grad_weights;    // (R,): <grad[tokens[r]], output of the expert before its weight>; of later routes not written
   int64_t num_threads;    // that may work
   void* workspace;        // experts_workspace() bytes, aligned to 64
   int64_t workspace_bytes;
 };
 
 namespace cpu {
-// Returns how many ones the mask has. When that is not num_routes, nothing is written.
+// Returns how many ones the mask has. When that is not num_routes, or with `padded` is more, nothing is written.
 int64_t route(const RouteArgs& args);
 void permute(const PermuteArgs& args);
 void combine(const CombineArgs& args);

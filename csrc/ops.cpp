@@ -24,7 +24,7 @@
 #include "kernels.h"
 
 STABLE_TORCH_LIBRARY(moetrain, m) {
-  m.def("route(Tensor mask, SymInt num_routes) -> (Tensor tokens, Tensor counts, Tensor row_offsets, Tensor positions)");
+  m.def("route(Tensor mask, SymInt num_routes, bool padded=False) -> (Tensor tokens, Tensor counts, Tensor row_offsets, Tensor positions)");
   m.def("permute(Tensor x, Tensor tokens, Tensor row_offsets, Tensor positions) -> Tensor");
   m.def("combine(Tensor rows, Tensor tokens, Tensor row_offsets, Tensor positions, Tensor? weights) -> Tensor");
   m.def(
@@ -120,13 +120,13 @@ void check_range(const char* op, const char* name, const Tensor& index, int64_t 
   fail(op, name, "indices in [0, " + std::to_string(bound) + ")", std::to_string(static_cast<int32_t>(largest)));
 }
 
-// row_offsets must rise from 0 to the number of routes.
-void check_offsets(const char* op, const Tensor& row_offsets, int64_t num_routes, const char* name = "row_offsets") {
+// row_offsets must rise from 0 to the number of routes, which with padding is less than there are rows.
+void check_offsets(const char* op, const Tensor& row_offsets, int64_t num_routes) {
   if (!row_offsets.is_cpu()) return;
   const int32_t* values = static_cast<const int32_t*>(row_offsets.const_data_ptr());
   const int64_t size = row_offsets.numel();
-  if (values[0] == 0 && values[size - 1] == num_routes && std::is_sorted(values, values + size)) return;
-  fail(op, name, "offsets that rise from 0 to " + std::to_string(num_routes),
+  if (values[0] == 0 && values[size - 1] <= num_routes && std::is_sorted(values, values + size)) return;
+  fail(op, "row_offsets", "offsets that rise from 0 to at most " + std::to_string(num_routes),
        std::to_string(values[0]) + " to " + std::to_string(values[size - 1]) + ", or a fall between");
 }
 
@@ -136,7 +136,7 @@ int64_t tokens_of(const char* op, const Tensor& row_offsets) {
   return row_offsets.size(0) - 1;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor mask, int64_t num_routes) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor mask, int64_t num_routes, bool padded) {
   const char* op = "route";
   CHECK_DTYPE(op, mask, ScalarType::Bool);
   CHECK_SHAPE(op, mask, kAnySize, kAnySize);
@@ -146,7 +146,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor mask, int64_t num_routes
   if (num_tokens >= limit || num_experts >= limit) {
     fail(op, "mask", "fewer than 2^31 - 1 rows and columns", shape_name(mask.sizes()));
   }
-  const int64_t most = std::min(limit, mask.numel());
+  // Padding is of token 0, which must be there.
+  const int64_t most = padded && num_tokens > 0 ? limit : std::min(limit, mask.numel());
   if (num_routes < 0 || num_routes > most) {
     const std::string expected = "0 to " + std::to_string(most) + " for a mask of shape " + shape_name(mask.sizes());
     fail(op, "num_routes", expected, std::to_string(num_routes));
@@ -162,6 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor mask, int64_t num_routes
   args.num_tokens = num_tokens;
   args.num_experts = num_experts;
   args.num_routes = num_routes;
+  args.padded = padded;
   args.tokens = static_cast<int32_t*>(tokens.mutable_data_ptr());
   args.counts = static_cast<int32_t*>(counts.mutable_data_ptr());
   args.row_offsets = static_cast<int32_t*>(row_offsets.mutable_data_ptr());
@@ -177,8 +179,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor mask, int64_t num_routes
   }
 #endif
   const int64_t found = cpu::route(args);
-  if (found != num_routes) {
-    fail(op, "num_routes", std::to_string(found) + " (the number of ones in mask)", std::to_string(num_routes));
+  if (padded ? found > num_routes : found != num_routes) {
+    const std::string expected = (padded ? "at least " : "") + std::to_string(found) + " (the number of ones in mask)";
+    fail(op, "num_routes", expected, std::to_string(num_routes));
   }
   return {tokens, counts, row_offsets, positions};
 }
@@ -360,10 +363,15 @@ struct Peers {
     check_dtype(op, "buffers", buffers, ScalarType::Long);
     check_shape(op, "buffers", buffers, {num_ranks});
     buffers = contiguous(buffers);
-    check_offsets(op, begins, num_pairs, "begins");
+    check_begins(op, num_pairs);
   }
 
-  // On CUDA the kernels check it: looking here would wait for the device.
+  // On CUDA the kernels check both: looking here would wait for the device.
+  void check_begins(const char* op, int64_t num_pairs) const {
+    if (!begins.is_cpu() || (begin()[0] == 0 && begin()[num_ranks] == num_pairs && std::is_sorted(begin(), begin() + num_ranks + 1))) return;
+    fail(op, "begins", "offsets that rise from 0 to " + std::to_string(num_pairs), "others");
+  }
+
   void check_room(const char* op, int64_t row_bytes, int64_t capacity) const {
     if (!begins.is_cpu()) return;
     for (int64_t w = 0; w < num_ranks; ++w) {
@@ -453,6 +461,7 @@ bool has_experts(Tensor like) {
 // The checked arguments of a pass, contiguous, and its workspace. Tensors are kept here as long as the pointers in `args` are used.
 struct Experts {
   Tensor rows, gate_up, down, tokens, counts;
+  int64_t num_padded = 0;  // routes at the end of the list that are none
   ExpertsArgs args{};
 
   Experts(const char* op, Tensor rows_, Tensor gate_up_, Tensor down_, Tensor tokens_, Tensor counts_)
@@ -475,7 +484,10 @@ struct Experts {
     args.counts = static_cast<const int32_t*>(counts.const_data_ptr());
     int64_t total = 0;
     for (int64_t e = 0; e < args.num_experts; ++e) total += args.counts[e] < 0 ? -(int64_t{1} << 40) : args.counts[e];
-    if (total != args.num_routes) fail(op, "counts", "counts >= 0 that add up to " + std::to_string(args.num_routes), "others");
+    if (total < 0 || total > args.num_routes) {
+      fail(op, "counts", "counts >= 0 that add up to at most " + std::to_string(args.num_routes), "others");
+    }
+    num_padded = args.num_routes - total;
   }
 
   void matrix(const char* op, const char* name, Tensor& tensor, std::initializer_list<int64_t> shape) {
@@ -483,6 +495,13 @@ struct Experts {
     check_dtype(op, name, tensor, rows.scalar_type());
     check_shape(op, name, tensor, shape);
     tensor = contiguous(tensor);
+  }
+
+  // (R,) for the kernels to write: 0 for routes that are none, which they leave alone.
+  Tensor per_route() {
+    Tensor numbers = empty_large({args.num_routes}, ScalarType::Float, rows);
+    std::fill_n(static_cast<float*>(numbers.mutable_data_ptr()) + args.num_routes - num_padded, num_padded, 0.0f);
+    return numbers;
   }
 
   Tensor temporary(int64_t columns) { return empty_large({args.num_routes + 8, columns}, rows.scalar_type(), rows); }
@@ -524,7 +543,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(
   Tensor grad_rows = needs[0] ? empty_large({a.num_rows, a.dim}, dtype, rows) : empty({0}, dtype, rows);
   Tensor grad_gate_up = needs[1] ? empty_large({a.num_experts, 2 * a.expert_dim, a.dim}, dtype, rows) : empty({0}, dtype, rows);
   Tensor grad_down = needs[2] ? empty_large({a.num_experts, a.dim, a.expert_dim}, dtype, rows) : empty({0}, dtype, rows);
-  Tensor grad_weights = empty_large({a.num_routes}, ScalarType::Float, rows);
+  Tensor grad_weights = e.per_route();
   Tensor activation = e.temporary(cpu::experts_row_elements(a.dtype, a.expert_dim)), grad_pre = e.temporary(2 * a.expert_dim);
   a.weights = static_cast<const float*>(weights.const_data_ptr());
   a.grad = grad.const_data_ptr();
@@ -544,7 +563,7 @@ Tensor experts_probe(Tensor grad, Tensor rows, Tensor gate_up, Tensor down, Tens
   Experts e(op, rows, gate_up, down, tokens, counts);
   ExpertsArgs& a = e.args;
   e.matrix(op, "grad", grad, {a.num_rows, a.dim});
-  Tensor out = empty_large({a.num_routes}, ScalarType::Float, rows);
+  Tensor out = e.per_route();
   a.grad = grad.const_data_ptr();
   a.grad_weights = static_cast<float*>(out.mutable_data_ptr());
   e.run(cpu::experts_probe, ExpertsPass::probe);

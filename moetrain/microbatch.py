@@ -140,6 +140,8 @@ class Sums:
                 "dropped": dropped / max(1.0, routes + dropped),
             }.items():
                 moe.setdefault(name, []).append(value)
+            if "no_room" in layer:
+                moe.setdefault("no_room", []).append(layer["no_room"][0] / max(1.0, routes + dropped))
         active = moe.get("active")
         tokens_apart = [int(count) for count in layers[0].get("class_tokens", [])] if layers else []
         apart = [[_part(layer["class_load"], i, len(tokens_apart)) for layer in layers] for i in range(len(tokens_apart))]

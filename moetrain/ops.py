@@ -10,8 +10,6 @@ results are contiguous. Every size may be 0. Results don't depend on the number 
 doesn't fit raises RuntimeError with the operator, the tensor, what was expected and what was found.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -49,11 +47,15 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def route(mask: Tensor, num_routes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def route(mask: Tensor, num_routes: int, padded: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Lists the routes of a mask, by expert and then token.
 
     mask: (T, E) bool, True where there is a route. num_routes: how many are True; the caller knows it, so
     that a GPU isn't waited for here. A wrong number raises on the CPU; on CUDA it traps in the kernel.
+    padded: num_routes is room for at least as many as are True, so that sizes need not follow the mask. What
+    is left of `tokens` and `positions` is 0, an index that may be read; `counts` and `row_offsets` speak of
+    routes alone. No operator lets a row of padding into the rows of tokens or into a weight of an expert; what
+    its own (R, ...) rows of padding hold is of no meaning.
 
     Returns, all int32:
         tokens: (R,) the token of each route.
@@ -62,7 +64,7 @@ def route(mask: Tensor, num_routes: int) -> tuple[Tensor, Tensor, Tensor, Tensor
         positions: (R,) where in `tokens` the routes of token t are, by ascending expert:
             positions[row_offsets[t]:row_offsets[t + 1]]. So tokens[positions] is ascending.
     """
-    return _ops.route(mask, num_routes)
+    return _ops.route(mask, num_routes, padded)
 
 
 def permute(x: Tensor, tokens: Tensor, row_offsets: Tensor, positions: Tensor) -> Tensor:
@@ -139,24 +141,24 @@ def pull_rows(
 
 def has_experts(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `experts` and its kin can be used: CPU, float32 or bfloat16, and a torch and a processor with oneDNN's brgemm for it."""
-    return device.type == "cpu" and _has_experts(dtype)
+    return device.type == "cpu" and dtype in _EXPERTS_DTYPES
 
 
-@functools.cache
-def _has_experts(dtype: torch.dtype) -> bool:
-    return _ops.has_experts(torch.empty(0, dtype=dtype))
+# Asked once, here: what only looks at shapes (torch.compile, FakeTensor) can't ask an operator.
+_EXPERTS_DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if _ops.has_experts(torch.empty(0, dtype=dtype, device="cpu"))]
 
 
 def experts(rows: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, tokens: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """The experts' SwiGLU FFNs over a route list and their weighted sums per row, in one pass. Where `has_experts` says so.
 
     rows: (N, D). gate_up: (E, 2 F, D), the gate's rows first. down: (E, D, F). weights: (R,) float32.
-    tokens: (R,) int32, the row of each route, sorted by expert. counts: (E,) int32, routes per expert.
+    tokens: (R,) int32, the row of each route, sorted by expert. counts: (E,) int32, routes per expert; where they add up
+    to less than R, the rest is padding.
 
     Returns:
         out: (N, D), sum over the routes r of a row of weights[r] * (silu(x G^T) * (x U^T)) V^T. The sum and all products are in
             float32; only pre-activations and activations are rounded to the dtype before.
-        pre: (R, 2 F), the pre-activations, for the backward.
+        pre: (R, 2 F), the pre-activations, for the backward; rows of padding are not written.
     """
     return _ops.experts(rows, gate_up, down, weights, tokens, counts)
 
@@ -178,13 +180,14 @@ def experts_backward(
 
     Returns:
         grad_rows: (N, D). grad_gate_up: (E, 2 F, D). grad_down: (E, D, F). Summed in float32, rounded once.
-        grad_weights: (R,) float32, <grad of the route's row, the expert's output for it>.
+        grad_weights: (R,) float32, <grad of the route's row, the expert's output for it>; 0 for padding.
     """
     return _ops.experts_backward(grad, rows, gate_up, down, weights, pre, tokens, counts, needs)
 
 
 def experts_probe(grad: Tensor, rows: Tensor, gate_up: Tensor, down: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
-    """(Q,) float32: <grad of the probe's row, the expert's output for it>, from (N, D) grad and rows. Not differentiable."""
+    """(Q,) float32: <grad of the probe's row, the expert's output for it>, from (N, D) grad and rows; 0 for padding. Not
+    differentiable."""
     return _ops.experts_probe(grad, rows, gate_up, down, tokens, counts)
 
 
@@ -205,7 +208,7 @@ def _experts_backward_flops(grad, rows, gate_up, down, *args, **options) -> int:
 
 
 @torch.library.register_fake("moetrain::route")
-def _(mask, num_routes):
+def _(mask, num_routes, padded=False):
     num_tokens, num_experts = mask.shape
     sizes = (num_routes, num_experts, num_tokens + 1, num_routes)
     return tuple(mask.new_empty((size,), dtype=torch.int32) for size in sizes)

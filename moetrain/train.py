@@ -148,6 +148,7 @@ class Trainer:
         )
         self.controller = build_controller(self.model_config)
         self.step = self.consumed_samples = self.tokens = self.updates = self.bad_in_a_row = self.skipped = 0
+        self.told_of_room = False
         self.mean_active: float | None = None
         self.saved = -1  # step of the last checkpoint that this process began
         self.unsaved = 0  # checkpoints in a row that could not be written
@@ -312,7 +313,8 @@ class Trainer:
 
         old, new = self._together(read), schema.to_dict(self.model_config)
         changed = [] if old is None else _differences(old, new, "model")
-        training = frozenset() if self.model_config.moe is None else self.model_config.moe.router.TRAINING
+        moe = self.model_config.moe
+        training = frozenset() if moe is None else moe.TRAINING | moe.router.TRAINING
         fixed = [line for line in changed if line.split(":")[0].rpartition(".")[2] not in training]
         if not fixed and old is not None:
             # An option of training may bring parameters with it: a trimmed router has thresholds.
@@ -408,6 +410,7 @@ class Trainer:
             used = factors[self.controller.loss]
             record[f"{self.controller.loss}_coef"] = used if len(set(used)) > 1 else used[0]
         record["moe"] = totals.moe
+        self._warn_of_room(totals.moe.get("no_room", []))
         if totals.mean_active is not None and good:
             self.mean_active = totals.mean_active
             if self.controller is not None:
@@ -423,6 +426,18 @@ class Trainer:
         self.seconds = {"forward_backward_s": computed - began, "optimizer_s": time.perf_counter() - computed}
         record["sources"] = {s.name: v for s, v in zip(self.config.data.train, totals.sources) if v["tokens"]}
         return {k: v for k, v in record.items() if v not in ({}, [], None)}
+
+    def _warn_of_room(self, shares: list[float]) -> None:
+        """shares: of each layer's routes, those for which there was no room."""
+        if any(shares) and not self.told_of_room and self.rank == 0:
+            assert self.model_config.moe is not None, "layers with routes"
+            layer = self.model_config.moe_layers[shares.index(max(shares))]
+            warnings.warn(
+                f"step {self.step}: {max(shares):.2%} of the routes of layer {layer} had no room in model.moe.route_budget "
+                f"({self.model_config.moe.route_budget}) and were dropped; give it more. Said once; `no_room` in the metrics has every step",
+                stacklevel=3,
+            )
+            self.told_of_room = True
 
     # ------------------------------------------------------------------------------------------------------------- run
 

@@ -30,7 +30,7 @@ def model(**changes: Any) -> dict[str, Any]:
     return {"vocab_size": 50, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "intermediate_size": 16, "max_position_embeddings": 64, **changes}
 
 
-MOE_OPTIONS = ("num_experts", "layers", "shared", "expert_dim", "strata")
+MOE_OPTIONS = ("num_experts", "layers", "shared", "expert_dim", "strata", "route_budget")
 
 
 def moe(router: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
@@ -439,6 +439,14 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": moe(layers={"first": 2})}, "model.moe.layers.first (2) is outside -2..1"),
     ({"model": moe(layers={"evry": 2})}, "model.moe.layers.evry: unknown key; did you mean model.moe.layers.every?"),
     ({"model": moe(layers=[0, 1.5])}, "model.moe.layers.1: input should be a valid integer, found 1.5"),
+    ({"model": moe(route_budget=9.0)}, "model.moe.route_budget (9.0) is more than num_experts (8)"),
+    ({"model": moe(_TOP2, route_budget=1.5)}, "model.moe.route_budget (1.5) has no room for the 2 routes per token of model.moe.router.top_k (2); use more"),
+    ({"model": moe({"type": "topk", "top_k": 8}, route_budget=7.5)}, "model.moe.route_budget (7.5) has no room for the 8 routes per token of model.moe.router.top_k (8)"),
+    ({"model": moe({**_OPEN, "target_active": 3.5}, route_budget=3)}, "(3.0) has no room for the 3.5 routes per token of model.moe.router.target_active (3.5)"),
+    ({"model": moe({"type": "base_layers"}, route_budget=0.5)}, "(0.5) has no room for the 1 routes per token of model.moe.router.type (base_layers)"),
+    ({"model": moe(_TOP2, route_budget=2), "parallel": {"ep": 2}}, "model.moe.route_budget (2.0) does not go with parallel.ep (2): ranks tell each other"),
+    ({"model": moe(_TOP2, route_budget=2, strata={"sizes": [4, 4]})}, "(2.0) is for one dispatch per layer, and model.moe.strata makes several"),
+    ({"model": moe(_TOP2, route_budget=2, expert_dim=[6] * 8)}, "(2.0) is for one dispatch per layer, and model.moe.expert_dim makes several"),
     ({"model": moe(layers=2)}, "model.moe.layers: must be a section with keys of its own, found 2"),
     ({"model": model(mla=_MLA, head_dim=4)}, "model.head_dim (4) does not go with model.mla"),
     ({"model": model(mla=_MLA, num_kv_heads=1)}, "model.num_kv_heads (1) does not go with model.mla"),
@@ -602,6 +610,7 @@ READ: dict[str, tuple[str, str]] = {
     "SigmoidSteRouter.input": ("moe/layer.py", "getattr(router, 'input', 'normed')"),
     "MoEConfig.num_experts": ("moe/layer.py", "moe.num_experts"),
     "MoEConfig.expert_dim": ("config/model.py", "self.expert_dim"),
+    "MoEConfig.route_budget": ("moe/room.py", "moe.route_budget"),
     **{f"MLAConfig.{n}": ("attention.py", f"m.{n}") for n in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")},
     "MLAConfig.rope_interleave": ("attention.py", "mla.rope_interleave"),
     "RopeScaling.mscale": ("attention.py", "scaling.mscale"),

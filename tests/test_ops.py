@@ -126,6 +126,40 @@ def test_route_equals_reference(name, device):
 
 
 @on_every_device
+@pytest.mark.parametrize("spare", [0, 1, 300])
+@on_every_mask
+def test_route_with_room(name, spare, device):
+    """The list without padding, then zeros; rows of padding reach no token and no gradient."""
+    mask = make_mask(name)
+    num_routes = int(mask.sum())
+    if not mask.shape[0]:
+        with pytest.raises(RuntimeError, match="route: num_routes: expected 0 to 0"):
+            ops.route(mask.to(device), 1, padded=True)
+        return
+    exact, padded = ops.route(mask.to(device), num_routes), ops.route(mask.to(device), num_routes + spare, padded=True)
+    for key, a, b in zip(("tokens", "counts", "row_offsets", "positions"), exact, padded, strict=True):
+        assert torch.equal(a, b[:num_routes] if key in ("tokens", "positions") else b), key
+        assert b.shape[0] - a.shape[0] == (spare if key in ("tokens", "positions") else 0) and not b[a.shape[0] :].any(), key
+    x = torch.randn(mask.shape[0], 5, device=device).requires_grad_()
+    rows = ops.permute(x, padded[0], *padded[2:])
+    assert torch.equal(rows[:num_routes], x[exact[0].long()])
+    poisoned = torch.cat([rows[:num_routes].detach(), rows.new_full((spare, 5), float("nan"))])
+    y = ops.combine(poisoned, padded[0], *padded[2:])
+    assert torch.equal(y, ops.combine(poisoned[:num_routes], exact[0], *exact[2:]))
+    (grad,) = torch.autograd.grad(rows, x, poisoned)
+    assert torch.equal(grad, y)
+
+
+def test_route_without_enough_room():
+    mask = make_mask("an idle expert")
+    found = int(mask.sum())
+    with pytest.raises(RuntimeError, match=f"route: num_routes: expected at least {found} .the number of ones in mask., found {found - 1}"):
+        ops.route(mask, found - 1, padded=True)
+    with pytest.raises(RuntimeError, match=f"route: num_routes: expected {found} .the number of ones in mask., found {found + 1}"):
+        ops.route(mask, found + 1)
+
+
+@on_every_device
 @in_every_dtype
 @on_every_mask
 def test_permute_and_combine_equal_reference(name, dtype, device):
@@ -344,6 +378,26 @@ def test_threads_do_not_change_a_bit_of_experts(dtype):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", BLOCKS, ids=str)
+def test_experts_with_padding(sizes, dtype):
+    """Routes at the end of the list that no count counts: the same bits, and 0 where a number per route is asked for."""
+    needs_experts(dtype)
+    (rows, gate_up, down, weights, tokens, counts), grad = experts_case(sizes, dtype)
+    spare = 37 if len(rows) else 0
+    more = torch.cat([tokens, tokens.new_zeros(spare)])
+    heavy = torch.cat([weights, weights.new_full((spare,), float("nan"))])
+    out, pre = ops.experts(rows, gate_up, down, weights, tokens, counts)
+    found, kept = ops.experts(rows, gate_up, down, heavy, more, counts)
+    assert torch.equal(found, out) and torch.equal(kept[: len(tokens)], pre)
+    kept[len(tokens) :] = float("nan")
+    want = ops.experts_backward(grad, rows, gate_up, down, weights, pre, tokens, counts)
+    for a, b in zip(ops.experts_backward(grad, rows, gate_up, down, heavy, kept, more, counts), want, strict=True):
+        assert torch.equal(a[: len(b)], b) and not a[len(b) :].any()
+    probes, want = ops.experts_probe(grad, rows, gate_up, down, more, counts), ops.experts_probe(grad, rows, gate_up, down, tokens, counts)
+    assert torch.equal(probes[: len(tokens)], want) and not probes[len(tokens) :].any()
+
+
 def test_experts_refuse_wrong_arguments():
     needs_experts(torch.float32)
     arguments, grad = experts_case((12, 6, 4, 3, 0.6), torch.float32)
@@ -352,7 +406,7 @@ def test_experts_refuse_wrong_arguments():
         ((rows, gate_up[:, :6], down, weights, tokens, counts), "experts: gate_up: expected shape (3, 8, 6), found (3, 6, 6)"),
         ((rows, gate_up, down, weights[1:], tokens, counts), "experts: weights: expected shape"),
         ((rows, gate_up, down, weights, tokens + 12, counts), "experts: tokens: expected indices in [0, 12)"),
-        ((rows, gate_up, down, weights, tokens, counts + 1), f"experts: counts: expected counts >= 0 that add up to {len(tokens)}"),
+        ((rows, gate_up, down, weights, tokens, counts + 1), f"experts: counts: expected counts >= 0 that add up to at most {len(tokens)}"),
         ((rows.double(), gate_up, down, weights, tokens, counts), "experts: rows: expected float32 or bfloat16"),
         ((rows.bfloat16(), gate_up, down, weights, tokens, counts), "experts: gate_up: expected bfloat16, found float32"),
     ]:
@@ -403,6 +457,7 @@ def test_opcheck(name, dtype, device):
     overload = lambda op: getattr(torch.ops.moetrain, op).default  # noqa: E731
     grad = lambda tensor: tensor.requires_grad_()  # noqa: E731
     torch.library.opcheck(overload("route"), (mask.to(device), routes))
+    torch.library.opcheck(overload("route"), (mask.to(device), routes + 5 * bool(len(mask)), True))
     torch.library.opcheck(overload("permute"), (grad(case.data(case.num_tokens, dim)), *case.index))
     for weights in (None, case.weights()):
         tracked = None if weights is None else grad(weights.clone())

@@ -1,4 +1,5 @@
 // Mask -> routes sorted by expert, by a stable counting sort.
+#include <algorithm>
 #include <vector>
 
 #include "../kernels.h"
@@ -69,7 +70,9 @@ int64_t route(const RouteArgs& a) {
 
   int64_t total = 0;
   for (const int32_t count : row_counts) total += count;
-  if (total != a.num_routes) return total;
+  if (a.padded ? total > a.num_routes : total != a.num_routes) return total;
+  std::fill(a.tokens + total, a.tokens + a.num_routes, 0);
+  std::fill(a.positions + total, a.positions + a.num_routes, 0);
 
   int32_t next = 0;
   for (int64_t e = 0; e < a.num_experts; ++e) {

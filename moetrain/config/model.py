@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
@@ -133,6 +133,9 @@ ExpertDim = Annotated[Annotated[Positive, Tag("other")] | Annotated[list[NonNega
 
 @holds_router
 class MoEConfig(Section):
+    TRAINING: ClassVar[frozenset[str]] = frozenset({"route_budget"})
+    """Options that say how the model is trained and not what it computes: they may change when a run goes on."""
+
     num_experts: Annotated[int, Field(gt=0, le=65536)]
     """E, over all ranks."""
     expert_dim: ExpertDim
@@ -142,6 +145,10 @@ class MoEConfig(Section):
     strata: StrataConfig | None = None
     """Experts in strata, of which a token passes one to all (Stratified MoE); null: all experts side by side."""
     shared: SharedConfig | None = None
+    route_budget: PositiveFloat | None = None
+    """Room for this many routes per token in the mean of a rank's micro-batch, in training: sizes no longer depend on what the router decides, and
+    no layer waits for its device to learn them. Routes without room are dropped, those of the smallest weights first. null: as much room as there
+    are routes; none is dropped."""
     layers: LayerChoice = None
     """Which layers are sparse: null all, a list of numbers, or `{first, every}` (`{first: 1, every: 2}`: every second one; `{first: 3}`: all but
     the first three; `{first: -2}`: the last two). The others have a dense FFN of `intermediate_size`."""

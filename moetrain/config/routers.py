@@ -33,6 +33,8 @@ class RouterOptions(Section):
     """Options that say how the model is trained and not what it computes: they may change when a run goes on."""
     ROW_PER_EXPERT: ClassVar[bool] = True
     """Every parameter has a row for each expert, so that virtual groups can repeat them."""
+    NEVER_MORE: ClassVar[bool] = False
+    """No token uses more experts than `default_active` says."""
 
     def problems(self, num_experts: int) -> list[str]:
         """What is wrong between the options, each beginning with `.option` or `:`; the caller writes the section's name before it."""
@@ -49,6 +51,10 @@ class RouterOptions(Section):
     def default_active(self, num_experts: int) -> float:
         """Experts that a token uses as far as the options alone say: all, where it is learned."""
         return num_experts
+
+    def probed_share(self) -> float:
+        """Probability with which a (token, expert) pair is a probe at most, each for itself; 1: any number may be."""
+        return 1.0
 
     def numbers_per_token_id(self) -> int:
         """Parameters kept for each token id of the vocabulary, of no matrix."""
@@ -155,6 +161,9 @@ class SigmoidSteRouter(BudgetOptions):
     """What the gates see: the FFN's input after the norm (the paper), or the residual stream before it."""
 
     TRAINING: ClassVar[frozenset[str]] = BudgetOptions.TRAINING | {"ste", "probe_rate", "sparsity_on", "rescale_gradient", "trim"}
+
+    def probed_share(self) -> float:
+        return self.probe_rate if self.ste == "sampled" else 1.0
 
     @property
     def moves_threshold(self) -> bool:
@@ -279,6 +288,7 @@ class TopKRouter(RouterOptions):
     TRAINING: ClassVar[frozenset[str]] = RouterOptions.TRAINING | {
         "balance_coef", "z_coef", "jitter", "second", "bias_rate", "balance_over", "balance_count", "cv_coef", "capacity_factor", "drop",
     }  # fmt: skip
+    NEVER_MORE: ClassVar[bool] = True
 
     def idle(self) -> set[str]:
         idle = set() if self.gate == "cosine" else {"cosine_temperature"}
@@ -543,6 +553,8 @@ class BaseLayersRouter(RouterOptions):
     type: Literal["base_layers"] = "base_layers"
     init_std: PositiveFloat = 0.02
 
+    NEVER_MORE: ClassVar[bool] = True
+
     def default_active(self, num_experts: int) -> float:
         return 1
 
@@ -565,6 +577,7 @@ class LanguageFamilyRouter(RouterOptions):
     init_std: PositiveFloat = 0.02
 
     TRAINING: ClassVar[frozenset[str]] = RouterOptions.TRAINING | {"balance_coef"}
+    NEVER_MORE: ClassVar[bool] = True
 
     def problems(self, num_experts: int) -> list[str]:
         bad = []
@@ -606,6 +619,7 @@ class NexusRouter(RouterOptions):
 
     ROW_PER_EXPERT: ClassVar[bool] = False
     TRAINING: ClassVar[frozenset[str]] = RouterOptions.TRAINING | {"embeddings", "balance_coef"}
+    NEVER_MORE: ClassVar[bool] = True
 
     def problems(self, num_experts: int) -> list[str]:
         return [f".top_k ({self.top_k}) is more than num_experts ({num_experts})"] if self.top_k > num_experts else []
@@ -638,6 +652,7 @@ class HashRouter(RouterOptions):
 
     ROW_PER_EXPERT: ClassVar[bool] = False
     TRAINING: ClassVar[frozenset[str]] = RouterOptions.TRAINING | {"frequencies", "seed"}
+    NEVER_MORE: ClassVar[bool] = True
 
     def problems(self, num_experts: int) -> list[str]:
         return [f".num_hashes ({self.num_hashes}) is more than num_experts ({num_experts})"] if self.num_hashes > num_experts else []

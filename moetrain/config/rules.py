@@ -165,6 +165,8 @@ def _check_model(model: ModelConfig, parallel: ParallelConfig, bad: list[str]) -
     bad += [f"model.moe.router{problem}" for problem in moe.router.problems(moe.num_experts)]
     if moe.strata is not None:
         _check_strata(moe, bad)
+    if moe.route_budget is not None:
+        _check_route_budget(moe, moe.route_budget, parallel, bad)
     bad += [f"model.moe.layers{problem}" for problem in layer_problems(moe.layers, model.num_layers)]
 
 
@@ -183,6 +185,27 @@ def _check_strata(moe: MoEConfig, bad: list[str]) -> None:
         bad.append(f"model.moe.router.num_groups ({router.num_groups}) does not go with model.moe.strata: later strata see fewer experts")
     if router.top_k > sizes[-1]:
         bad.append(f"model.moe.router.top_k ({router.top_k}) is more than the last stratum has experts ({sizes[-1]})")
+
+
+def _check_route_budget(moe: MoEConfig, budget: float, parallel: ParallelConfig, bad: list[str]) -> None:
+    router = moe.router
+    if budget > moe.num_experts:
+        bad.append(f"model.moe.route_budget ({budget}) is more than num_experts ({moe.num_experts}), which is room for every route there can be")
+    # Where nothing holds the number of routes, `default_active` is all experts, and any room may do.
+    target = getattr(router, "target_active", None)
+    need = router.default_active(moe.num_experts) if target is None else target
+    if budget < need and (target is not None or need < moe.num_experts or router.NEVER_MORE):
+        named = [name for name in ("target_active", "top_k", "num_hashes", "capacity_factor") if getattr(router, name, None) is not None]
+        which = f"model.moe.router.{named[0]} ({getattr(router, named[0])})" if named else f"model.moe.router.type ({router.type})"
+        bad.append(f"model.moe.route_budget ({budget}) has no room for the {need:g} routes per token of {which}; use more")
+    if parallel.ep > 1:
+        bad.append(
+            f"model.moe.route_budget ({budget}) does not go with parallel.ep ({parallel.ep}): ranks tell each other how much they send, and the "
+            f"exchange wants those numbers on the host; set route_budget: null or ep: 1"
+        )
+    several = "strata" if moe.strata is not None else "expert_dim" if isinstance(moe.expert_dim, list) else None
+    if several is not None:
+        bad.append(f"model.moe.route_budget ({budget}) is for one dispatch per layer, and model.moe.{several} makes several; set route_budget: null")
 
 
 def _check_mla(model: ModelConfig, bad: list[str]) -> None:

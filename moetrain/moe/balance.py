@@ -41,10 +41,9 @@ def squared_variations(context: TokenContext, x: Tensor, *amounts: Tensor) -> Te
     amounts: (E,) each, summed over this rank's tokens. x: (T, D), for the number of tokens. The parts add up to the value over ranks; each
     one's gradient is that of the whole with respect to this rank's tokens.
     """
-    own = x.shape[0] if context.valid is None else context.valid.sum()
     stacked = torch.stack(amounts)
     group = context.group if torch.is_grad_enabled() else None
-    counted = torch.as_tensor(own, dtype=torch.float64, device=x.device).reshape(1)
+    counted = x.new_full((1,), x.shape[0], dtype=torch.float64) if context.valid is None else context.valid.sum(dtype=torch.float64).reshape(1)
     sums = recorded(lambda: group_sum(torch.cat([stacked.detach().double().flatten(), counted]), group))
     E, whole = stacked.shape[1], sums[:-1].view(stacked.shape)
     total = whole.sum(-1, keepdim=True)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from moetrain.moe.routing import filled
+
 
 def within_capacity(active: Tensor, priority: Tensor, factor: float, top_k: int, sequence: int | None) -> Tensor:
     """(T, E) bool, the routes that stay: in each sequence an expert takes C = ceil(factor * top_k * S / E), those of the least priority, among
@@ -28,7 +30,7 @@ def within_capacities(active: Tensor, priority: Tensor, capacities: list[int], s
     keys = torch.where(active, priority, math.inf).view(T // max(1, S), S, E)
     order = torch.argsort(keys, dim=1, stable=True)
     places = torch.arange(S, device=active.device)[None, :, None].expand_as(order)
-    room = torch.tensor(capacities, device=active.device)
+    room = filled(capacities, order)
     return active & (torch.empty_like(order).scatter(1, order, places) < room).view(T, E)
 
 

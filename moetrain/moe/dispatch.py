@@ -61,11 +61,12 @@ class LocalDispatcher:
         """x: (T, D)."""
         decision = routing.decision
         plan: LocalPlan = recorded(lambda: self._plan(decision))
-        weights = pick(routing.weights, plan.routes.tokens, plan.routes.counts)
+        padded = decision.room is not None
+        weights = pick(routing.weights, plan.routes.tokens, plan.routes.counts, padded)
         probe_weights = None
         if plan.probes is not None and decision.probes is not None:
             # The value is 0; its gradient, the probe's inner product, is multiplied by the importance on its way to the router.
-            probe_weights = pick(routing.weights * decision.probes, plan.probes.tokens, plan.probes.counts)
+            probe_weights = pick(routing.weights * decision.probes, plan.probes.tokens, plan.probes.counts, padded)
         return Work(x, plan.routes, weights, plan.probes, probe_weights), plan
 
     def combine(self, rows: Tensor, plan: LocalPlan) -> Tensor:
@@ -75,6 +76,12 @@ class LocalDispatcher:
     @staticmethod
     def _plan(decision: Decision) -> LocalPlan:
         probing = None if decision.probes is None else decision.probes > 0
+        if decision.room is not None:
+            rows, probe_rows = decision.room
+            return LocalPlan(
+                RouteList(*ops.route(decision.active, rows, padded=True)),
+                None if probing is None else RouteList(*ops.route(probing, probe_rows, padded=True)),
+            )
         # The one host synchronisation of the layer: how many routes there are.
         counts = torch.stack([decision.active.sum(), decision.active.new_zeros((), dtype=torch.int64) if probing is None else probing.sum()]).tolist()
         probes = None if probing is None or not counts[1] else RouteList(*ops.route(probing, counts[1]))

@@ -23,7 +23,7 @@ ROUTED, PROBED, ROUTES, PROBES = range(4)
 
 
 class RouteList(NamedTuple):
-    """Routes sorted by expert, and the way back to rows; all int32 (see `ops.route`).
+    """Routes sorted by expert, and the way back to rows; all int32 (see `ops.route`). Where the counts add up to less than R, the rest is padding.
 
     tokens: (R,) row of each route. counts: (experts,). row_offsets: (rows + 1,). positions: (R,), row by row.
     """

@@ -91,18 +91,20 @@ def _probe_products(rows: Tensor, grad: Tensor, gate_up: Tensor, down: Tensor, p
         index = probes.without_counts()
         pre = gemm_nt(ops.permute(rows, *index), gate_up, probes.counts)
         return ops.swiglu_dot(gemm_nn(ops.permute(grad, *index), down, probes.counts), pre)
-    products, start = [], 0
+    # 0 for padding.
+    products, start = torch.zeros(probes.tokens.numel(), dtype=ops.acc_dtype(rows.dtype)), 0
     for expert, count in enumerate(probes.counts.tolist()):
         if count:
             tokens = probes.tokens[start : start + count]
             pre = rows.index_select(0, tokens) @ gate_up[expert].T
-            products.append(ops.swiglu_dot(grad.index_select(0, tokens) @ down[expert], pre))
+            products[start : start + count] = ops.swiglu_dot(grad.index_select(0, tokens) @ down[expert], pre)
         start += count
-    return torch.cat(products) if products else grad.new_empty(0)
+    return products
 
 
 # The three grouped products. CUDA: one kernel (grouped_mm) that reads the counts on the device. CPU, where `ops.experts` can't be used (float64, a
-# processor or torch without the micro-kernels): a loop, which is faster than grouped_mm there for every shape tried and needs no alignment.
+# processor or torch without the micro-kernels): a loop, which is faster than grouped_mm there for every shape tried and needs no alignment. Where
+# the counts add up to less than R, rows of padding are neither read nor written: whatever lies there comes through the operators beside.
 
 
 def gemm_nt(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

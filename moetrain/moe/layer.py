@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moetrain.config import ModelConfig
 from moetrain.moe.dispatch import AllToAllDispatcher, LocalDispatcher
 from moetrain.moe.experts import GroupedExperts
+from moetrain.moe.room import Room
 from moetrain.moe.routers import build_router
 from moetrain.moe.routing import Decision, LayerReport, Routing, TokenContext, statistics
 from moetrain.moe.shared import SharedExpert
@@ -26,6 +27,7 @@ class MoELayer(nn.Module):
         router = config.moe.router
         self.routes_by_residual = getattr(router, "input", "normed") == "residual"
         self.router = build_router(config, layer)
+        self.room = Room.of(config.moe)
         # Experts of one size are computed together. Of several sizes, each is a group of its own, with a dispatch of its own, so that every rank
         # holds as many experts of each size as any other; experts of size 0 are in none.
         groups, D = config.moe.groups, config.hidden_size
@@ -42,7 +44,11 @@ class MoELayer(nn.Module):
     def forward(self, x: Tensor, context: TokenContext, residual: Tensor) -> tuple[Tensor, LayerReport]:
         """x: (T, D), normed. residual: (T, D), the stream before the norm. -> (T, D) to add to the stream, and what happened."""
         routing = self.router(residual if self.routes_by_residual else x, context)
-        report = LayerReport(routing.losses, statistics(routing.decision, context), routing.sums, routing.scores)
+        lost = {}
+        if self.room is not None and self.training:
+            routing, no_room = self.room.fit(routing)
+            lost = {"no_room": no_room.double()}
+        report = LayerReport(routing.losses, statistics(routing.decision, context) | lost, routing.sums, routing.scores)
         local, parts = routing.local, self.parts(routing)
         del routing
         y = self.compute(x, parts)

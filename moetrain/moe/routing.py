@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -84,8 +85,9 @@ class Decision:
 
     active: (T, E) bool, the routes. probes: (T, E) of the router's dtype, importance of probe routes, 0 elsewhere and on every route; None:
     no probes. load: (E,) share of each expert in the routes of the micro-batch over all ranks, or (B, E) in those of each sequence, where a
-    loss needs it; or what else a router's loss multiplies an expert's scores with. chosen: (T, E) bool, the routes before some were dropped;
-    None: none was. dropped: (), routes lost to a full expert; None: 0.
+    loss needs it; or what else a router's loss multiplies an expert's scores with. chosen: (T, E) bool, the routes before the
+    router dropped some; None: it dropped none. dropped: (), routes lost to a full expert or for want of room; None: 0. room: sizes of the lists of
+    routes and of probes, which active and probes don't exceed (moetrain.moe.room); None: as many as there are, which only the device knows.
     """
 
     active: Tensor
@@ -93,6 +95,7 @@ class Decision:
     load: Tensor | None = None
     chosen: Tensor | None = None
     dropped: Tensor | None = None
+    room: tuple[int, int] | None = None
 
 
 @visible
@@ -122,8 +125,9 @@ class Routing:
 class LayerReport:
     """What a layer tells beside its output. losses: differentiable scalars. stats: detached sums over this rank's tokens, to be added over
     ranks and micro-batches: tokens (), load (E,) routes per expert, active_sq () sum of squared routes per token, empty () tokens without a
-    route, probes () probe routes, dropped () routes lost to a full expert, and of each class, where there are classes (C), class_tokens (C,) and
-    class_load (C, E). Nothing accumulates inside forward, since recomputation would count it twice.
+    route, probes () probe routes, dropped () routes lost to a full expert or for want of room, no_room () those for want of room, where room is
+    fixed, and of each class, where there are classes (C), class_tokens (C,) and class_load (C, E). Nothing accumulates inside forward, since
+    recomputation would count it twice.
     sums, scores: of the Routing."""
 
     losses: dict[str, Tensor] = field(default_factory=dict)
@@ -184,7 +188,7 @@ def replay_contexts() -> tuple[Any, Any]:
 
 def recorded(make: Any) -> Any:
     """`make()`, or what it gave in the first forward when this is a recomputation."""
-    tape = _tape.get()
+    tape = None if torch.compiler.is_compiling() else _tape.get()
     if tape is None:
         return make()
     if not tape.replaying:
@@ -221,6 +225,12 @@ def normal(keys: Tensor, stream: int, n: int) -> Tensor:
     """(T, n) float32, standard normal, made of `uniform` draws (Box-Muller); |z| < 5.8."""
     radius, angle = uniform(keys, stream, 2 * n).chunk(2, -1)
     return torch.sqrt(-2 * torch.log(1 - radius)) * torch.cos(2 * math.pi * angle)
+
+
+def filled(values: Sequence[float], like: Tensor) -> Tensor:
+    """(len(values),) of the dtype and on the device of `like`, written there: a copy from the host would wait for the device, and can't be part of a
+    CUDA graph."""
+    return torch.cat([like.new_full((len(list(run)),), value) for value, run in itertools.groupby(values)])
 
 
 def token_count(context: TokenContext, x: Tensor) -> float | Tensor:

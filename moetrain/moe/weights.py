@@ -16,10 +16,10 @@ def share(scores: Tensor, active: Tensor) -> Tensor:
     return _Share.apply(scores, active)
 
 
-def pick(weights: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
+def pick(weights: Tensor, tokens: Tensor, counts: Tensor, padded: bool = False) -> Tensor:
     """weights (T, E), the routes' tokens (R,) int32 by expert, counts (E,) int32 -> (R,) weights[token, expert] of each route. Keeps the list, which
-    the layer keeps anyway."""
-    return _Pick.apply(weights, tokens, counts)
+    the layer keeps anyway. padded: the counts may add up to less than R; the rest is 0, whatever gradient comes back for it."""
+    return _Pick.apply(weights, tokens, counts, padded)
 
 
 class _Share(torch.autograd.Function):
@@ -46,20 +46,30 @@ def _totals(weights: Tensor) -> Tensor:
 
 class _Pick(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weights: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
-        ctx.shape = weights.shape
+    def forward(ctx, weights: Tensor, tokens: Tensor, counts: Tensor, padded: bool) -> Tensor:
+        ctx.shape, ctx.padded = weights.shape, padded
         ctx.save_for_backward(tokens, counts)
-        return weights.reshape(-1)[_places(tokens, counts)]
+        places, real = _places(tokens, counts, padded)
+        picked = weights.reshape(-1)[places]
+        return picked if real is None else torch.where(real, picked, 0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        # No place occurs twice.
+        places, real = _places(*ctx.saved_tensors, ctx.padded)
         flat = grad.new_zeros(ctx.shape[0] * ctx.shape[1])
-        return flat.index_copy_(0, _places(*ctx.saved_tensors), grad).view(ctx.shape), None, None
+        # No place of a route occurs twice; padding adds nothing.
+        flat = flat.index_copy_(0, places, grad) if real is None else flat.index_add_(0, places, torch.where(real, grad, 0))
+        return flat.view(ctx.shape), None, None, None
 
 
-def _places(tokens: Tensor, counts: Tensor) -> Tensor:
-    """(R,) int64: in the flat (T, E) matrix."""
-    expert = torch.repeat_interleave(counts.long(), output_size=tokens.numel())
-    return tokens.long() * counts.numel() + expert
+def _places(tokens: Tensor, counts: Tensor, padded: bool) -> tuple[Tensor, Tensor | None]:
+    """(R,) int64: in the flat (T, E) matrix; and which routes are no padding, None: all."""
+    if not padded:
+        expert = torch.repeat_interleave(counts.long(), output_size=tokens.numel())
+        return tokens.long() * counts.numel() + expert, None
+    row = torch.arange(tokens.numel(), device=tokens.device)
+    expert = torch.searchsorted(counts.cumsum(0), row, right=True)
+    real = expert < counts.numel()
+    # Padding has places of its own, as far as there are: adding zeros at one and the same would be a queue on a GPU.
+    return torch.where(real, tokens.long() * counts.numel() + expert, row % max(1, counts.numel())), real

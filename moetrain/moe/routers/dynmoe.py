@@ -92,7 +92,7 @@ class DynMoE(nn.Module):
         routed, valid = active.any(-1), context.valid
         if valid is not None:
             active, routed = active & valid[:, None], routed & valid
-        tokens = torch.as_tensor(len(active) if valid is None else valid.sum(), dtype=torch.float64, device=active.device)
+        tokens = torch.ones_like(routed).sum(dtype=torch.float64) if valid is None else valid.sum(dtype=torch.float64)
         own = torch.cat([active.sum(0, dtype=torch.float64), torch.stack([routed.sum(dtype=torch.float64), tokens])])
         counts = group_sum(own, context.group if torch.is_grad_enabled() else None)
         # f over the routed tokens, times what makes the sum of P, divided by all tokens, a mean over them.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from moetrain.config import LanguageFamilyRouter, ModelConfig
 from moetrain.moe.routers.base import router_for
 from moetrain.moe.routers.softmax import as_mask, decision_of, largest, with_balance
-from moetrain.moe.routing import Decision, Routing, TokenContext, recorded
+from moetrain.moe.routing import Decision, Routing, TokenContext, filled, recorded
 from moetrain.moe.wide import wide_linear
 
 
@@ -35,7 +35,7 @@ class LanguageFamily(nn.Module):
     def decide(self, logits: Tensor, context: TokenContext) -> Decision:
         order = largest(logits, self.options.top_k)
         if self.training and context.tags is not None:
-            own = torch.tensor(self.experts, device=logits.device)[context.tags.clamp(min=0)]
+            own = filled(self.experts, context.tags)[context.tags.clamp(min=0)]
             missing = (context.tags >= 0) & (order != own[:, None]).all(-1)
             order = torch.cat((order[:, :-1], torch.where(missing, own, order[:, -1])[:, None]), -1)
         return decision_of(as_mask(order, logits.shape[1]), context)

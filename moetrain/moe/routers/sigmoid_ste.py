@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moetrain.config import ModelConfig, SigmoidSteRouter
 from moetrain.moe.routers.base import router_for
-from moetrain.moe.routing import Decision, Routing, TokenContext, recorded, token_count, uniform
+from moetrain.moe.routing import Decision, Routing, TokenContext, filled, recorded, token_count, uniform
 from moetrain.moe.target import OFFSETS, log_odds, step_to
 from moetrain.moe.wide import wide_linear
 
@@ -62,7 +62,7 @@ class SigmoidSte(nn.Module):
         if self.threshold is None or not self.training:
             return {}
         real = torch.ones_like(gates[:, 0], dtype=torch.bool) if context.valid is None else context.valid
-        cuts = torch.sigmoid(self.threshold.detach().to(gates.dtype) + gates.new_tensor(OFFSETS))
+        cuts = torch.sigmoid(self.threshold.detach().to(gates.dtype) + filled(OFFSETS, gates))
         routes = ((gates.detach()[..., None] > cuts) & real[:, None, None]).sum((0, 1), dtype=torch.float64)
         nominal = ((gates.detach() > self.options.threshold) & real[:, None]).sum(dtype=torch.float64)
         return {"routes": routes, "nominal": nominal, "tokens": real.sum(dtype=torch.float64)}

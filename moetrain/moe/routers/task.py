@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from moetrain.config import ModelConfig, TaskRouter
 from moetrain.moe.routers.base import router_for
 from moetrain.moe.routers.softmax import as_mask, decision_of, largest, with_balance
-from moetrain.moe.routing import Decision, Routing, TokenContext, recorded
+from moetrain.moe.routing import Decision, Routing, TokenContext, filled, recorded
 
 
 @router_for(TaskRouter)
@@ -33,9 +33,9 @@ class Task(nn.Module):
             raise ValueError(f"router task: which task the text is of is not known; name one of {', '.join(options.tag_names())}")
         tags = context.tags.clamp(min=0)  # -1 is padding here: data.train and data.eval are checked
         if self.weight is None:
-            table = x.new_zeros(len(options.branches), self.num_experts, dtype=dtype)
-            for row, name in enumerate(options.tag_names()):
-                table[row, options.branches[name]] = 1 / len(options.branches[name])
+            branches = [options.branches[name] for name in options.tag_names()]
+            like = x.new_empty((), dtype=dtype)
+            table = torch.stack([filled([(e in branch) / len(branch) for e in range(self.num_experts)], like) for branch in branches])
             decision: Decision = recorded(lambda: self.decide(table > 0, tags, context))
             return Routing(decision, table[tags] * decision.active)
         logits = self.weight.to(dtype)

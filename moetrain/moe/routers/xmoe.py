@@ -12,7 +12,7 @@ from moetrain.config import ModelConfig, XMoERouter
 from moetrain.moe.balance import product_of_shares
 from moetrain.moe.capacity import within_capacity
 from moetrain.moe.routers.base import router_for
-from moetrain.moe.routing import Decision, Routing, TokenContext, group_sum, recorded, shares, token_count
+from moetrain.moe.routing import Decision, Routing, TokenContext, filled, group_sum, recorded, shares, token_count
 from moetrain.moe.target import OFFSETS, log_odds, step_to
 from moetrain.moe.weights import share
 from moetrain.moe.wide import wide_linear
@@ -64,7 +64,7 @@ class XMoE(nn.Module):
         before = before[:, : options.max_experts]
         real = torch.ones_like(before[:, 0], dtype=torch.bool) if context.valid is None else context.valid
         odds = None if self.threshold is None else self.threshold.to(scores.dtype)
-        threshold = scores.new_tensor([options.threshold]) if odds is None else torch.sigmoid(odds)
+        threshold = scores.new_full((1,), options.threshold) if odds is None else torch.sigmoid(odds)
         taken = opened(before, threshold) & real[:, None]
         chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order[:, : before.shape[1]], taken)
         first = one_hot(order[:, 0], self.num_experts).double() * real[:, None]
@@ -73,7 +73,7 @@ class XMoE(nn.Module):
             return Decision(chosen, load=load), {}
         sums = {}
         if odds is not None:
-            trials = torch.sigmoid(odds + odds.new_tensor(OFFSETS))
+            trials = torch.sigmoid(odds + filled(OFFSETS, odds))
             counts = (opened(before[..., None], trials) & real[:, None, None]).sum((0, 1), dtype=torch.float64)
             sums = {"routes": counts, "tokens": real.sum(dtype=torch.float64)}
         if options.capacity_factor is None:
