@@ -22,6 +22,8 @@ from moetrain.config import Config, ConfigError, ModelConfig, NonNegative, Train
 from moetrain.convert import huggingface
 from moetrain.model import Transformer, initial_tensor
 from moetrain.modules import RMSNorm
+from moetrain.moe import sonic
+from moetrain.moe.experts import GroupedExperts
 from moetrain.parallel.mesh import Meshes
 from moetrain.parallel.parallelize import copy_whole, parallelize
 
@@ -110,6 +112,16 @@ def compile_parts(model: Transformer, device: torch.device) -> None:
             module.compute = norm
         elif isinstance(module, Attention | LatentAttention):
             module.rotate = rotation
+
+
+def use_sonicmoe(model: Transformer, device: torch.device) -> None:
+    """`train.experts_backend: sonicmoe`. Raises ConfigError where it can't run, with what is missing."""
+    problem = sonic.missing(device)
+    if problem is not None:
+        raise ConfigError(f"train.experts_backend (sonicmoe) needs {problem}; or set experts_backend: torch")
+    for module in model.modules():
+        if isinstance(module, GroupedExperts):
+            module.backend = sonic.compute
 
 
 class ControllerState(BaseModel):

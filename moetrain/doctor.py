@@ -29,6 +29,7 @@ _IMPORT_SECONDS = 120  # a package on a slow network disk, not one that hangs
 _PACKAGES = (
     ("transformers", "transformers", "Hugging Face models and tokenizers, export", "pip install 'moetrain[hf]'", False),
     ("flash-attn", "flash_attn", "attention on CUDA", "pip install flash-attn --no-build-isolation", True),
+    ("sonic-moe", "sonicmoe", "train.experts_backend: sonicmoe", "pip install 'moetrain[sonicmoe]'", True),
     ("deepspeed", "deepspeed", "launch/deepspeed.sh", "pip install 'moetrain[deepspeed]'", False),
     ("megatron-core", "megatron.core", "reading prepared data with Megatron", "pip install 'moetrain[megatron]'", False),
     ("zstandard", "zstandard", "jsonl.zst files", "pip install 'moetrain[data]'", False),

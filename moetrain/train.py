@@ -25,7 +25,7 @@ from torch import Tensor
 from moetrain import config as schema
 from moetrain import preempt, restarts
 from moetrain.attention import describe_backends
-from moetrain.build import DTYPES, build_model, check_meta, compile_parts, empty_model, need
+from moetrain.build import DTYPES, build_model, check_meta, compile_parts, empty_model, need, use_sonicmoe
 from moetrain.checkpoint import Checkpoints
 from moetrain.config import Config, ConfigError, ScheduleConfig, check_world
 from moetrain.convert.huggingface import parameter_shapes
@@ -141,6 +141,8 @@ class Trainer:
         self.exchange = choose_exchange(self.model, meshes, self.parallel.exchange, self.device)
         if self.train_config.compile:
             compile_parts(self.model, self.device)
+        if self.train_config.experts_backend == "sonicmoe":
+            use_sonicmoe(self.model, self.device)
         self.parameters = dict(self.model.named_parameters())
         train = self.train_config
         self.optimizer = torch.optim.AdamW(
@@ -202,7 +204,8 @@ class Trainer:
             f"attention: {used}" + (f"; not {unused}" if unused else ""),
         ]
         if model.moe:
-            lines.append("experts: " + ("grouped_mm" if grouped else "a GEMM per expert (grouped_mm is for bfloat16 on CUDA)"))
+            ours = "grouped_mm" if grouped else "a GEMM per expert (grouped_mm is for bfloat16 on CUDA)"
+            lines.append("experts: " + ("SonicMoE" if train.experts_backend == "sonicmoe" else ours))
         if self.exchange is not None:
             lines.append(f"exchange: {self.exchange}")
         return "\n".join(lines)

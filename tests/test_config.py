@@ -387,6 +387,7 @@ def _model_is_elsewhere(tree: dict[str, Any], problem: Any) -> bool:
 
 _OPEN = {"type": "sigmoid_ste"}
 _TOP2 = {"type": "topk", "top_k": 2}
+_SONIC = {"experts_backend": "sonicmoe", "dtype": "bfloat16"}
 _MLA = {"kv_lora_rank": 5, "qk_nope_head_dim": 3, "qk_rope_head_dim": 2, "v_head_dim": 4}
 _YARN = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}
 _TASKS = {"type": "task", "tasks": ["en", "de"]}
@@ -447,6 +448,11 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": moe(_TOP2, route_budget=2), "parallel": {"ep": 2}}, "model.moe.route_budget (2.0) does not go with parallel.ep (2): ranks tell each other"),
     ({"model": moe(_TOP2, route_budget=2, strata={"sizes": [4, 4]})}, "(2.0) is for one dispatch per layer, and model.moe.strata makes several"),
     ({"model": moe(_TOP2, route_budget=2, expert_dim=[6] * 8)}, "(2.0) is for one dispatch per layer, and model.moe.expert_dim makes several"),
+    ({"train": train(experts_backend="sonicmoe"), "model": model()}, "train.experts_backend (sonicmoe) has an effect only with model.moe"),
+    ({"train": train(experts_backend="sonicmoe"), "model": moe(expert_dim=16)}, "(sonicmoe) computes in bfloat16, not float32; set train.dtype: bfloat16"),
+    ({"train": train(**_SONIC), "model": moe(_TOP2, expert_dim=16, route_budget=2)}, "model.moe.route_budget (2.0) does not go with train.experts_backend (sonicmoe), which knows no padding"),
+    ({"train": train(**_SONIC), "model": moe()}, "model.moe.expert_dim (6) must be a multiple of 8 for train.experts_backend (sonicmoe)"),
+    ({"train": train(**_SONIC), "model": moe(expert_dim=16, hidden_size=12)}, "model.hidden_size (12) must be a multiple of 8 for train.experts_backend (sonicmoe)"),
     ({"model": moe(layers=2)}, "model.moe.layers: must be a section with keys of its own, found 2"),
     ({"model": model(mla=_MLA, head_dim=4)}, "model.head_dim (4) does not go with model.mla"),
     ({"model": model(mla=_MLA, num_kv_heads=1)}, "model.num_kv_heads (1) does not go with model.mla"),
@@ -687,6 +693,7 @@ READ: dict[str, tuple[str, str]] = {
     "TrainConfig.dtype": ("train.py", "train_config.dtype"),
     "TrainConfig.activation_checkpointing": ("parallel/parallelize.py", "train.activation_checkpointing"),
     "TrainConfig.compile": ("train.py", "train_config.compile"),
+    "TrainConfig.experts_backend": ("train.py", "train_config.experts_backend"),
     "CheckpointConfig.every": ("train.py", "checkpoint.every"),
     "CheckpointConfig.keep_last": ("checkpoint.py", "config.keep_last"),
     "CheckpointConfig.keep_every": ("checkpoint.py", "config.keep_every"),

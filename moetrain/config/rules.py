@@ -44,6 +44,8 @@ def check(config: Config) -> list[str]:
         for name in ("router_lr", "expert_lr"):
             if model is not None and model.moe is None and getattr(train, name) is not None:
                 bad.append(f"train.{name} ({getattr(train, name)}) has an effect only with model.moe: a dense model has neither routers nor experts")
+        if model is not None and train.experts_backend == "sonicmoe":
+            _check_sonicmoe(train.dtype, model, bad)
         if train.eval_every and not data.eval:
             bad.append(f"train.eval_every ({train.eval_every}) needs at least one set in data.eval")
     if (data.train or data.eval) and model is not None and data.seq_len > model.max_position_embeddings:
@@ -206,6 +208,23 @@ def _check_route_budget(moe: MoEConfig, budget: float, parallel: ParallelConfig,
     several = "strata" if moe.strata is not None else "expert_dim" if isinstance(moe.expert_dim, list) else None
     if several is not None:
         bad.append(f"model.moe.route_budget ({budget}) is for one dispatch per layer, and model.moe.{several} makes several; set route_budget: null")
+
+
+def _check_sonicmoe(dtype: str, model: ModelConfig, bad: list[str]) -> None:
+    moe = model.moe
+    if moe is None:
+        bad.append("train.experts_backend (sonicmoe) has an effect only with model.moe: a dense model has no experts")
+        return
+    if dtype != "bfloat16":
+        bad.append(f"train.experts_backend (sonicmoe) computes in bfloat16, not {dtype}; set train.dtype: bfloat16 or experts_backend: torch")
+    if moe.route_budget is not None:
+        bad.append(
+            f"model.moe.route_budget ({moe.route_budget}) does not go with train.experts_backend (sonicmoe), which knows no padding; set one of the "
+            f"two to null or torch"
+        )
+    for name, size in (("hidden_size", model.hidden_size), *(("moe.expert_dim", size) for size in moe.groups)):
+        if size % 8:
+            bad.append(f"model.{name} ({size}) must be a multiple of 8 for train.experts_backend (sonicmoe); use torch")
 
 
 def _check_mla(model: ModelConfig, bad: list[str]) -> None:

@@ -126,6 +126,8 @@ class TrainConfig(Section):
     """`block` keeps only each block's input and computes the block again in backward, with the routes of the first time."""
     compile: bool = False
     """Norms and rotary positions by torch.compile, which on a CPU needs a C++ compiler at run time; the first step then takes half a minute more."""
+    experts_backend: Literal["torch", "sonicmoe"] = "torch"
+    """What multiplies the experts' matrices: torch, or SonicMoE (Hopper and Blackwell, bfloat16; not measured by us, so never chosen by itself)."""
     max_bad_steps: Positive = 10
     """So many steps in a row with a non-finite loss or gradient end the run; each is skipped on all ranks."""
     eval_every: Positive | None = None

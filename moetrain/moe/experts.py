@@ -5,6 +5,8 @@ Letters: N rows, R routes, Q probes, D model dim, F expert dim, E local experts 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -12,9 +14,16 @@ from torch.distributed.tensor import DTensor
 from moetrain import ops
 from moetrain.moe.dispatch import RouteList, Work
 
+Backend = Callable[[Tensor, Tensor, Tensor, Tensor, RouteList], Tensor]
+"""(rows, gate_up, down, weights, routes) -> (N, D), differentiable; see `moetrain.moe.sonic.compute`."""
+
 
 class GroupedExperts(nn.Module):
-    """gate_up: (E, 2F, D), the gate's rows first. down: (E, D, F). No bias."""
+    """gate_up: (E, 2F, D), the gate's rows first. down: (E, D, F). No bias.
+
+    backend: what computes routes in place of torch's products, where it is set from outside (moetrain.moe.sonic); probes stay here."""
+
+    backend: Backend | None = None
 
     def __init__(self, num_experts: int, hidden_size: int, expert_dim: int) -> None:
         super().__init__()
@@ -24,7 +33,10 @@ class GroupedExperts(nn.Module):
     def forward(self, work: Work) -> Tensor:
         """-> (N, D): for each row, the weighted sum of its routes' outputs, added in float32; 0 for a row without routes."""
         gate_up, down = (_local(p).to(work.rows.dtype) for p in (self.gate_up, self.down))
-        return _Experts.apply(work.rows, gate_up, down, work.weights, work.probe_weights, work.routes, work.probes)
+        if self.backend is None or not work.routes.tokens.numel():
+            return _Experts.apply(work.rows, gate_up, down, work.weights, work.probe_weights, work.routes, work.probes)
+        output = self.backend(work.rows, gate_up, down, work.weights, work.routes)
+        return _WithProbes.apply(output, work.rows, gate_up, down, work.probe_weights, work.probes)
 
 
 def _local(parameter: Tensor) -> Tensor:
@@ -81,6 +93,25 @@ class _Experts(torch.autograd.Function):
         grad_gate_up = gemm_tn(grad_pre, ops.permute(rows, *index), counts) if ctx.needs_input_grad[1] else None
         grad_rows = ops.combine(gemm_nn(grad_pre, gate_up, counts), *index) if ctx.needs_input_grad[0] else None
         return grad_rows, grad_gate_up, grad_down, grad_weights.to(weights.dtype), grad_probes, None, None
+
+
+class _WithProbes(torch.autograd.Function):
+    """The output of a back end, with the probes' numbers in backward; there the back end gets a gradient without gaps."""
+
+    @staticmethod
+    def forward(ctx, output: Tensor, rows: Tensor, gate_up: Tensor, down: Tensor, probe_weights: Tensor | None, probes: RouteList | None) -> Tensor:
+        ctx.probes, ctx.wide = probes, None if probe_weights is None else probe_weights.dtype
+        ctx.save_for_backward(rows, gate_up, down)
+        return output.view_as(output)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        grad, grad_probes = grad.contiguous(), None
+        if ctx.probes is not None and ctx.needs_input_grad[4]:
+            rows, gate_up, down = ctx.saved_tensors
+            grad_probes = _probe_products(rows, grad, gate_up, down, ctx.probes).to(ctx.wide)
+        return grad, None, None, None, grad_probes, None
 
 
 def _probe_products(rows: Tensor, grad: Tensor, gate_up: Tensor, down: Tensor, probes: RouteList) -> Tensor:

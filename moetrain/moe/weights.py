@@ -49,22 +49,22 @@ class _Pick(torch.autograd.Function):
     def forward(ctx, weights: Tensor, tokens: Tensor, counts: Tensor, padded: bool) -> Tensor:
         ctx.shape, ctx.padded = weights.shape, padded
         ctx.save_for_backward(tokens, counts)
-        places, real = _places(tokens, counts, padded)
+        places, real = _places(tokens, counts, padded, weights.numel())
         picked = weights.reshape(-1)[places]
         return picked if real is None else torch.where(real, picked, 0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        places, real = _places(*ctx.saved_tensors, ctx.padded)
+        places, real = _places(*ctx.saved_tensors, ctx.padded, ctx.shape[0] * ctx.shape[1])
         flat = grad.new_zeros(ctx.shape[0] * ctx.shape[1])
         # No place of a route occurs twice; padding adds nothing.
         flat = flat.index_copy_(0, places, grad) if real is None else flat.index_add_(0, places, torch.where(real, grad, 0))
         return flat.view(ctx.shape), None, None, None
 
 
-def _places(tokens: Tensor, counts: Tensor, padded: bool) -> tuple[Tensor, Tensor | None]:
-    """(R,) int64: in the flat (T, E) matrix; and which routes are no padding, None: all."""
+def _places(tokens: Tensor, counts: Tensor, padded: bool, size: int) -> tuple[Tensor, Tensor | None]:
+    """(R,) int64: in the flat (T, E) matrix of `size` elements; and which routes are no padding, None: all."""
     if not padded:
         expert = torch.repeat_interleave(counts.long(), output_size=tokens.numel())
         return tokens.long() * counts.numel() + expert, None
@@ -72,4 +72,4 @@ def _places(tokens: Tensor, counts: Tensor, padded: bool) -> tuple[Tensor, Tenso
     expert = torch.searchsorted(counts.cumsum(0), row, right=True)
     real = expert < counts.numel()
     # Padding has places of its own, as far as there are: adding zeros at one and the same would be a queue on a GPU.
-    return torch.where(real, tokens.long() * counts.numel() + expert, row % max(1, counts.numel())), real
+    return torch.where(real, tokens.long() * counts.numel() + expert, row % max(1, size)), real
