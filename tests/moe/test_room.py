@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
 
 import pytest
 import torch
@@ -450,14 +449,14 @@ def test_training_equals_the_loop(data, tmp_path):  # noqa: F811
 
 
 def test_the_trainer_says_what_had_no_room_and_takes_another_budget(data, tmp_path):  # noqa: F811
-    """One warning a run; after a resume with room for all, none."""
-    config = functools.partial(make_config, data, "exact", (1, 1, 1), run_dir=str(tmp_path / "run"))
+    """One warning a run, and no alarm of the guard, which counts routes where they are sent and where they arrive; the run may go on with another."""
+    config = functools.partial(make_config, data, "exact", (1, 1, 1), run_dir=str(tmp_path / "run"), guard__every=1, guard__action="stop")
     with pytest.warns(UserWarning, match=r"step 1: .*% of the routes of layer [01] had no room in model.moe.route_budget \(2.0\)") as told:
         found = rank_main(config(model__moe__route_budget=2.0), "mixed", steps=2, save=True)
     assert len([w for w in told if "had no room" in str(w.message)]) == 1
     for record in found["records"]:
         assert 0 < min(record["moe"]["no_room"]) and record["moe"]["no_room"] == record["moe"]["dropped"]
-        assert max(record["moe"]["active"]) <= 2.1
+        assert max(record["moe"]["active"]) <= 2.1 and record["guard"]["errors"] == 0
     trainer = Trainer(config(model__moe__route_budget=8.0), console=False)
     assert trainer.step == 2
-    assert os.path.exists(tmp_path / "run")
+    trainer.close()
