@@ -447,7 +447,7 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": moe({"type": "base_layers"}, route_budget=0.5)}, "(0.5) has no room for the 1 routes per token of model.moe.router.type (base_layers)"),
     ({"model": moe(_TOP2, route_budget=2), "parallel": {"ep": 2}}, "model.moe.route_budget (2.0) does not go with parallel.ep (2): ranks tell each other"),
     ({"model": moe(_TOP2, route_budget=2, strata={"sizes": [4, 4]})}, "(2.0) is for one dispatch per layer, and model.moe.strata makes several"),
-    ({"model": moe(_TOP2, route_budget=2, expert_dim=[6] * 8)}, "(2.0) is for one dispatch per layer, and model.moe.expert_dim makes several"),
+    ({"model": moe(_TOP2, route_budget=2, expert_dim=[6, 3] * 4)}, "(2.0) is for one dispatch per layer, and model.moe.expert_dim makes several"),
     ({"train": train(experts_backend="sonicmoe"), "model": model()}, "train.experts_backend (sonicmoe) has an effect only with model.moe"),
     ({"train": train(experts_backend="sonicmoe"), "model": moe(expert_dim=16)}, "(sonicmoe) computes in bfloat16, not float32; set train.dtype: bfloat16"),
     ({"train": train(**_SONIC), "model": moe(_TOP2, expert_dim=16, route_budget=2)}, "model.moe.route_budget (2.0) does not go with train.experts_backend (sonicmoe), which knows no padding"),

@@ -205,7 +205,7 @@ def _check_route_budget(moe: MoEConfig, budget: float, parallel: ParallelConfig,
             f"model.moe.route_budget ({budget}) does not go with parallel.ep ({parallel.ep}): ranks tell each other how much they send, and the "
             f"exchange wants those numbers on the host; set route_budget: null or ep: 1"
         )
-    several = "strata" if moe.strata is not None else "expert_dim" if isinstance(moe.expert_dim, list) else None
+    several = "strata" if moe.strata is not None else "expert_dim" if len(set(moe.expert_dims)) > 1 else None
     if several is not None:
         bad.append(f"model.moe.route_budget ({budget}) is for one dispatch per layer, and model.moe.{several} makes several; set route_budget: null")
 

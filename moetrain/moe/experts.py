@@ -123,7 +123,7 @@ def _probe_products(rows: Tensor, grad: Tensor, gate_up: Tensor, down: Tensor, p
         pre = gemm_nt(ops.permute(rows, *index), gate_up, probes.counts)
         return ops.swiglu_dot(gemm_nn(ops.permute(grad, *index), down, probes.counts), pre)
     # 0 for padding.
-    products, start = torch.zeros(probes.tokens.numel(), dtype=ops.acc_dtype(rows.dtype)), 0
+    products, start = rows.new_zeros(probes.tokens.numel(), dtype=ops.acc_dtype(rows.dtype)), 0
     for expert, count in enumerate(probes.counts.tolist()):
         if count:
             tokens = probes.tokens[start : start + count]

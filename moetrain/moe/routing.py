@@ -187,7 +187,8 @@ def replay_contexts() -> tuple[Any, Any]:
 
 
 def recorded(make: Any) -> Any:
-    """`make()`, or what it gave in the first forward when this is a recomputation."""
+    """`make()`, or what it gave in the first forward when this is a recomputation. A compiled graph has no tape: what it keeps or computes again
+    for its own backward is the compiler's matter."""
     tape = None if torch.compiler.is_compiling() else _tape.get()
     if tape is None:
         return make()

@@ -1,5 +1,7 @@
 """Proves moetrain.moe.weights: values and gradients are those of the plain formulas, and nothing but the arguments is kept for backward."""
 
+import math
+
 import pytest
 import torch
 
@@ -38,6 +40,16 @@ def test_pick(tokens):
     assert torch.equal(got, want)
     grad = torch.randn(got.shape, dtype=torch.float64)
     assert torch.equal(*(torch.autograd.grad(y, scores, grad)[0] for y in (got, want)))
+
+
+def test_weights_of_padding_are_zero_and_send_no_gradient():
+    active = torch.tensor([[True, False], [True, True], [False, False]])
+    weights = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, math.nan]], requires_grad=True)
+    tokens, counts, _, _ = ops.route(active, 8, padded=True)
+    picked = pick(weights, tokens, counts, padded=True)
+    assert picked.tolist() == [1, 3, 4, 0, 0, 0, 0, 0]
+    picked.backward(torch.tensor([1.0, 2.0, 3.0, math.nan, math.inf, -math.inf, math.nan, 7.0]))
+    assert weights.grad is not None and weights.grad.tolist() == [[1, 0], [2, 3], [0, 0]]
 
 
 def test_kept():

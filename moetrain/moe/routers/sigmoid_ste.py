@@ -63,8 +63,10 @@ class SigmoidSte(nn.Module):
             return {}
         real = torch.ones_like(gates[:, 0], dtype=torch.bool) if context.valid is None else context.valid
         cuts = torch.sigmoid(self.threshold.detach().to(gates.dtype) + filled(OFFSETS, gates))
-        routes = ((gates.detach()[..., None] > cuts) & real[:, None, None]).sum((0, 1), dtype=torch.float64)
-        nominal = ((gates.detach() > self.options.threshold) & real[:, None]).sum(dtype=torch.float64)
+        # A gate of padding is above no cut.
+        flat = torch.where(real[:, None], gates.detach(), 0).flatten()
+        routes = torch.count_nonzero(flat > cuts[:, None], dim=1).double()
+        nominal = torch.count_nonzero(flat > self.options.threshold).double()
         return {"routes": routes, "nominal": nominal, "tokens": real.sum(dtype=torch.float64)}
 
     def after_step(self, load: Tensor, sums: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
