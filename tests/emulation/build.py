@@ -106,7 +106,7 @@ def _compile(what: Object, cache: Path) -> Path:
     if not target.exists():
         source, unfinished = target.with_suffix(f".{os.getpid()}.cpp"), target.with_suffix(f".{os.getpid()}.o")
         source.write_text(text, encoding="utf-8")
-        _run([*words, "-c", str(source), "-o", str(unfinished)], name)
+        _run([*words, f"-fdebug-prefix-map={source}={name}", "-c", str(source), "-o", str(unfinished)], name)
         unfinished.rename(target)  # whole, also if two sessions build at once
         source.unlink()
     return target

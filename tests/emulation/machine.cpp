@@ -21,7 +21,7 @@ namespace emulator {
 
 namespace {
 
-constexpr double kPatience = 20;  // seconds for threads that only spin
+std::atomic<double> patience{20};  // seconds for threads that only spin
 
 std::atomic<uint64_t> seed{[] {
   const char* text = std::getenv("MOETRAIN_EMULATION_SEED");
@@ -61,9 +61,11 @@ std::string place_of(const void* code) {
 
 }  // namespace
 
-Machine& Machine::here() {
-  static thread_local Machine machine;
-  return machine;
+thread_local Machine* Machine::here_ = nullptr;
+
+Machine* Machine::make() {
+  static thread_local std::unique_ptr<Machine> machine = std::make_unique<Machine>();  // not itself: such fast memory is scarce
+  return machine.get();
 }
 
 // --- launches ---
@@ -89,7 +91,7 @@ void Machine::run(const char* kernel, const Config& launch, Body body, const voi
   order_.resize(num_blocks);
   std::iota(order_.begin(), order_.end(), 0u);
   for (size_t i = order_.size(); i > 1; --i) std::swap(order_[i - 1], order_[draw(static_cast<uint32_t>(i))]);
-  limit_ = 1 + draw(3);
+  limit_ = 1 + draw(kBlocks);
   idle_ = 0;
   printed.clear();
   error_.clear();
@@ -98,15 +100,7 @@ void Machine::run(const char* kernel, const Config& launch, Body body, const voi
   Fibre& first = free_fibre();
   running_ = &first;
   host_.go(first);
-  if (error_.empty() && !blocks_.empty()) {
-    error_ = "nobody can go on:";
-    int shown = 0;
-    for (const auto& b : blocks_) {
-      for (const Thread& thread : b->threads) {
-        if (!thread.is_done && shown++ < 3) error_ += std::string(shown > 1 ? ";" : "") + " " + describe(thread) + " waits at " + thread.waits_for;
-      }
-    }
-  }
+  if (error_.empty() && !blocks_.empty()) error_ = "nobody can go on: " + who_waits();
   races_.clear();
   if (error_.empty()) return;
   abandon();
@@ -166,10 +160,7 @@ void Machine::abandon() {
 // --- who runs ---
 
 Fibre& Machine::free_fibre() {
-  if (free_.empty()) {
-    fibres_.push_back(std::make_unique<Fibre>(&Machine::work_here));
-    return *fibres_.back();
-  }
+  if (free_.empty()) return fibres_.add(&Machine::work_here);
   Fibre& fibre = *free_.back();
   free_.pop_back();
   return fibre;
@@ -239,7 +230,7 @@ void Machine::yield() {
   if (++idle_ > 64 * (ready_.size() + 1)) {
     if (idle_ % 1024 == 0) {
       if (idle_since_ == 0) idle_since_ = seconds();
-      if (seconds() - idle_since_ > kPatience) fail("spins and nothing changes");
+      if (seconds() - idle_since_ > patience) fail("spins and nothing changes");
       sched_yield();
     }
   } else {
@@ -260,6 +251,7 @@ void Machine::sync_block() {
   }
   if (++block.num_at_barrier < block.num_threads) {
     thread.waits_for = "__syncthreads";
+    thread.mask = 0;
     wait();
     thread.waits_for = nullptr;
     return;
@@ -278,22 +270,18 @@ const uint64_t* Machine::meet(const char* what, uint32_t mask, uint64_t value) {
   Block& block = *thread.block;
   Warp& warp = block.warps[thread.number / 32];
   const int lane = thread.number % 32;
-  const std::string here = std::string(what) + " with mask " + hex(mask);
-  if (!(mask >> lane & 1u)) fail(here + ", which doesn't name its own lane " + std::to_string(lane));
-  if (mask & ~warp.lanes) fail(here + ", which names lanes that the block doesn't have");
+  const auto here = [&] { return std::string(what) + " with mask " + hex(mask); };
+  if (!(mask >> lane & 1u)) fail(here() + ", which doesn't name its own lane " + std::to_string(lane));
+  if (mask & ~warp.lanes) fail(here() + ", which names lanes that the block doesn't have");
   size_t which = warp.meetings.size();
   for (size_t i = 0; i < warp.meetings.size(); ++i) {
-    Meeting& meeting = warp.meetings[i];
-    if (meeting.mask == mask && std::strcmp(meeting.what, what) == 0) {
-      which = i;
-    } else if (meeting.mask & mask) {
-      fail(here + ", while lanes of its warp are at " + meeting.what + " with mask " + hex(meeting.mask));
-    }
+    const Meeting& meeting = warp.meetings[i];
+    if (meeting.mask == mask && std::strcmp(meeting.what, what) == 0) which = i;
   }
   if (which == warp.meetings.size()) {
     for (int i = 0; i < 32; ++i) {
       const size_t other = thread.number / 32 * 32 + static_cast<size_t>(i);
-      if ((mask >> i & 1u) && block.threads[other].is_done) fail(here + ", but lane " + std::to_string(i) + " has ended");
+      if ((mask >> i & 1u) && block.threads[other].is_done) fail(here() + ", but lane " + std::to_string(i) + " has ended");
     }
     warp.meetings.push_back({what, mask, 0, {}});
   }
@@ -302,6 +290,7 @@ const uint64_t* Machine::meet(const char* what, uint32_t mask, uint64_t value) {
   meeting.values[lane] = value;
   if (meeting.here != mask) {
     thread.waits_for = what;
+    thread.mask = mask;
     wait();
     thread.waits_for = nullptr;
     return thread.values;
@@ -343,6 +332,7 @@ void* Machine::shared(int number, size_t bytes) {
   if (!memory) {
     memory.reset(new char[bytes]);
     for (size_t i = 0; i < bytes; ++i) memory[i] = static_cast<char>(random_());
+    races_.forget(reinterpret_cast<uintptr_t>(memory.get()), bytes);  // it may have been another block's
   }
   return memory.get();
 }
@@ -355,9 +345,7 @@ void Machine::touch(const void* address, size_t bytes, bool write, bool atomic, 
   const auto what = [&] {
     return std::string(write ? "writes " : "reads ") + std::to_string(bytes) + " bytes at " + std::to_string(reinterpret_cast<uintptr_t>(address)) + place_of(code);
   };
-  for (const auto& fibre : fibres_) {
-    if (fibre->holds(address)) fail(what() + ", which is on another thread's stack");
-  }
+  if (fibres_.hold(address)) fail(what() + ", which is on another thread's stack");
   if (&__asan_region_is_poisoned && __asan_region_is_poisoned(const_cast<void*>(address), bytes)) fail(what() + ", out of bounds");
   const Thread& thread = *current;
   const uint32_t* lanes = thread.block->warps[thread.number / 32].clocks[thread.number % 32];
@@ -380,6 +368,22 @@ void Machine::fail(const std::string& what) {
   error_ = describe(*current) + ": " + what;
   running_->go(host_);
   __builtin_unreachable();
+}
+
+std::string Machine::who_waits() const {
+  std::map<std::string, std::pair<int, const Thread*>> found;  // by what they wait at: how many, and one of them
+  for (const auto& block : blocks_) {
+    for (const Thread& thread : block->threads) {
+      if (thread.is_done) continue;
+      auto& [number, one] = found[thread.waits_for + (thread.mask ? " with mask " + hex(thread.mask) : std::string())];
+      if (number++ == 0) one = &thread;
+    }
+  }
+  std::string text;
+  for (const auto& [where, who] : found) {
+    text += (text.empty() ? "" : "; ") + describe(*who.second) + " waits at " + where + ", as do " + std::to_string(who.first - 1) + " others";
+  }
+  return text;
 }
 
 std::string Machine::describe(const Thread& thread) const { return "block " + name(thread.block->index) + " thread " + name(thread.index); }
@@ -466,3 +470,4 @@ uint64_t atomic(Atomic kind, void* address, size_t bytes, bool is_signed, uint64
 }  // namespace emulator
 
 extern "C" __attribute__((visibility("default"))) void emulator_seed(uint64_t seed) { emulator::seed = seed; }
+extern "C" __attribute__((visibility("default"))) void emulator_patience(double seconds) { emulator::patience = seconds; }

@@ -25,6 +25,7 @@ struct Thread {
   int number;               // linear in the block
   Fibre* fibre;             // while it waits
   const char* waits_for;    // a barrier or collective, or null
+  uint32_t mask;            // of that collective
   bool is_done;
   uint64_t values[32];      // what the lanes brought to its last collective
 };
@@ -54,7 +55,10 @@ struct Block {
 
 class Machine {
  public:
-  static Machine& here();
+  static Machine& here() {
+    if (!here_) here_ = make();
+    return *here_;
+  }
 
   void run(const char* kernel, const Config& config, Body body, const void* closure, size_t closure_bytes);
 
@@ -73,6 +77,8 @@ class Machine {
   std::string printed;        // the last line that a thread printed
 
  private:
+  static Machine* make();
+  static thread_local Machine* here_ __attribute__((tls_model("initial-exec")));  // the fastest; asked for at every access
   static void work_here() { here().work(); }
   void work();
   Thread* next();
@@ -81,10 +87,13 @@ class Machine {
   bool admit_block();
   void hold_meeting(Block& block, Warp& warp, size_t which);
   void abandon();
+  std::string who_waits() const;
   std::string describe(const Thread& thread) const;
   std::string describe(const Access& access) const;
   Fibre& free_fibre();
   uint32_t draw(uint32_t below) { return static_cast<uint32_t>((static_cast<uint64_t>(random_()) * below) >> 32); }
+
+  static constexpr uint32_t kBlocks = 3;  // at most at a time
 
   const char* kernel_ = nullptr;
   Body body_ = nullptr;
@@ -98,7 +107,7 @@ class Machine {
   double idle_since_ = 0;
 
   Fibre host_;
-  std::vector<std::unique_ptr<Fibre>> fibres_;
+  Fibres fibres_{kBlocks * 1024 + 1};
   std::vector<Fibre*> free_;
   Fibre* running_ = nullptr;
   std::string error_;

@@ -56,6 +56,11 @@ class Races {
     return nullptr;
   }
 
+  // The bytes have become something else, of somebody else.
+  void forget(uintptr_t address, size_t bytes) {
+    for (; bytes > 0; ++address, --bytes) at(address) = {};
+  }
+
   void clear() {
     for (auto& [_, page] : pages_) {
       if (spare_.size() < kSpare) spare_.push_back(std::move(page));

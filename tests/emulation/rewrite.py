@@ -101,14 +101,14 @@ def _launches(text: str, name: str) -> str:
     return "".join([*parts, text[done:]])
 
 
-_SHARED = re.compile(r"(extern\s+)?\b__shared__\s+(?:__align__\(\w+\)\s*|alignas\(\w+\)\s*)?([\w:<>,\s]+?)\s+(\w+)\s*((?:\[[^\]]*\]\s*)*);")
+_SHARED = re.compile(r"(extern\s+)?\b__shared__\s+(?:__align__\(\w+\)\s*|alignas\(\w+\)\s*)?((?:[\w:]+(?:<[^;=]*>)?[\s*]+)+)(\w+)\s*((?:\[[^\]]*\]\s*)*);")
 
 
 def _shared(text: str, name: str) -> str:
     code = _blank(text)
 
     def one(found: re.Match[str]) -> str:
-        external, kind, variable, sizes = found.groups()
+        external, kind, variable, sizes = (found[i] and found[i].strip() for i in range(1, 5))
         if external:
             return f"{kind}* const {variable} = static_cast<{kind}*>(::emulator::dynamic_shared());"
         number = _line(text, found.start())
