@@ -29,7 +29,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_operators_and_layer_over_the_emulated_kernels(cache: Path) -> None:
     """The tests of the operators, the experts and the layer, and emulated.py's own, in one process with the emulated extension."""
     library = build.extension(cache / "_C.abi3.so", cache)
-    done = subprocess.run(run.words(["-q", "-x", "-rs", *run.TESTS]), cwd=build.ROOT, env=run.environment(library), capture_output=True, text=True)
+    done = subprocess.run(run.words(["-q", "-x", "-rs"]), cwd=build.ROOT, env=run.environment(library), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "no float16" not in done.stdout, "the kernels for float16 are not left out"
 
@@ -129,7 +129,7 @@ WRONG = {
     "barrier_after_return": ("__syncthreads", 31, 1, 32),
     "different_collectives": ("nobody can go on: .* waits at __ballot_sync with mask 0xffffffff, as do 15 others; .* at __shfl_down_sync", 0, 1, 32),
     "collective_of_some": ("(but lane 31 has ended|ends while lanes of its warp wait for it at __shfl_xor_sync)", 31, 1, 32),
-    "waiting_for_each_other": ("nobody can go on: .* at __syncthreads, as do 47 others; .* at __syncwarp with mask 0xffffffff, as do 15 others", 0, 1, 64),
+    "waiting_for_each_other": ("nobody can go on: .* at __syncthreads, as do 47 others; .* at __syncwarp .*, as do 15 others", 0, 1, 64),
     "lane_outside_the_mask": ("reads lane (8|9|1.|2.), which is not in the mask 0x0000ffff", 0, 1, 32),
     "lane_out_of_range": ("__shfl_sync: lane 32 is outside a segment of 32", 0, 1, 32),
     "not_in_its_own_mask": ("__syncwarp with mask 0xfffffffe, which doesn't name its own lane 0", 0, 1, 32),

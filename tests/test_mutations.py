@@ -74,5 +74,5 @@ def test_what_does_not_count_as_caught(copy: Copy) -> None:
 
 def test_paths_stay_in_the_project() -> None:
     for mutation in MUTATIONS:
-        assert re.fullmatch(r"(moetrain|csrc)/[\w/]+\.(py|cpp)", mutation.file) and (ROOT / mutation.file).is_file()
+        assert re.fullmatch(r"(moetrain|csrc)/[\w/]+\.(py|cpp|cu|cuh)", mutation.file) and (ROOT / mutation.file).is_file()
         assert all(Path(t.partition("::")[0]).parts[0] == "tests" for t in mutation.tests)

@@ -37,12 +37,14 @@ def why_not() -> str | None:
 
 
 def library(sources: list[Path], target: Path, cache: Path) -> Path:
-    """A shared library of .cu files and the emulator, for ctypes."""
+    """A shared library of .cu files and the emulator, for ctypes. target and cache as of `extension`."""
     return _link([*(_kernels(s) for s in sources), *_emulator()], target, cache)
 
 
 def extension(target: Path, cache: Path) -> Path:
-    """moetrain._C with csrc/ops.cpp as it is, and every csrc/cuda/*.cu under its CPU operators. It takes float16, which ops.cpp leaves to CUDA."""
+    """moetrain._C of csrc/ops.cpp, with every csrc/cuda/*.cu under its CPU operators. In ops.cpp one check is changed: float16 may be on the CPU.
+
+    target: the library to write. cache: a folder for the objects. Raises RuntimeError with the compiler's messages."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     ops = (CSRC / "ops.cpp").read_text(encoding="utf-8")
@@ -50,8 +52,9 @@ def extension(target: Path, cache: Path) -> Path:
     ops = ops.replace(_HALF_CHECK, "dtype == ScalarType::Half")
     includes = [f"-I{path}" for path in [str(CSRC), *include_paths(), sysconfig.get_path("include")]]
     macros = ["-DTORCH_TARGET_VERSION=0x020A000000000000", "-DPy_LIMITED_API=0x030A0000"]
+    text, flags = f'#line 1 "{CSRC / "ops.cpp"}"\n' + ops, ["-x", "c++", "-O0", "-std=c++20", *macros, *includes]
     objects = [
-        ("ops.cpp", f'#line 1 "{CSRC / "ops.cpp"}"\n' + ops, ["-x", "c++", "-O0", "-std=c++20", *macros, *includes], [CSRC / "checks.h", CSRC / "kernels.h"]),
+        ("ops.cpp", text, flags, [CSRC / "checks.h", CSRC / "kernels.h"]),
         _plain(HERE / "forward.cpp", [CSRC / "kernels.h"]),
         *(_kernels(path) for path in sorted((CSRC / "cuda").glob("*.cu"))),
         *_emulator(),
@@ -65,7 +68,7 @@ Object = tuple[str, str, list[str], list[Path]]
 
 
 def _kernels(path: Path) -> Object:
-    # -I: the text is compiled elsewhere, so headers beside it must be found.
+    # -I: the text is compiled elsewhere and still finds the headers beside it.
     text = rewrite(path.read_text(encoding="utf-8"), str(path))
     headers = [*path.parent.glob("*.cuh"), *path.parent.parent.glob("*.h"), *(HERE / "include").rglob("*.*"), HERE / "emulator.h"]
     fma = ["-mfma"] if "fma" in _processor() else []

@@ -12,18 +12,18 @@ from torch import Tensor
 
 from moetrain import ops
 from tests import reference_ops as reference
-from tests.test_ops import MASKS, Case, assert_close, make_mask
+from tests.test_ops import Case, assert_close, make_mask
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LIBRARY = ctypes.CDLL(sys.modules["moetrain._C"].__file__)
 LIBRARY.emulator_seed.argtypes = [ctypes.c_uint64]
 
 
-def everything(case: Case, dim: int) -> Iterator[tuple[str, Tensor]]:
+def everything(case: Case, mask: Tensor, dim: int) -> Iterator[tuple[str, Tensor]]:
     """What all kernels compute of a case, by name."""
     case.generator.manual_seed(1)
     x, weights, grad = case.data(case.num_tokens, 2 * dim), case.weights(), case.data(case.num_tokens, dim)
-    yield from zip(("tokens", "counts", "row_offsets", "positions"), ops.route(case.mask, case.num_routes))
+    yield from zip(("tokens", "counts", "row_offsets", "positions"), ops.route(mask, case.num_routes))
     rows = ops.permute(x, *case.index)
     yield "permute", rows
     out = ops.swiglu(rows, weights)
@@ -40,13 +40,13 @@ def everything(case: Case, dim: int) -> Iterator[tuple[str, Tensor]]:
 @pytest.mark.parametrize("name", ["no tokens", "an idle expert", "word edge"])
 def test_the_order_of_blocks_and_threads_changes_no_bit(name: str, dtype: torch.dtype) -> None:
     """dim 130: more packs than lanes, several blocks across in some dtypes, and a tail in others; 7: no packs."""
-    case = Case(make_mask(name), "cpu", dtype)
-    case.mask = make_mask(name)
+    mask = make_mask(name)
+    case = Case(mask, "cpu", dtype)
     for dim in (130, 7):
         found = []
         for seed in (1, 2, 3):
             LIBRARY.emulator_seed(seed)
-            found.append(dict(everything(case, dim)))
+            found.append(dict(everything(case, mask, dim)))
         for other in found[1:]:
             for key, value in found[0].items():
                 assert torch.equal(value, other[key]), (key, dim)
@@ -86,14 +86,11 @@ def test_packs_and_their_edges(dtype: torch.dtype) -> None:
 
 
 def arguments(*fields: tuple[str, object]) -> ctypes.Structure:
-    """A struct of csrc/kernels.h; tensors as their addresses, numbers as int64, the dtype as an int."""
-
-    def kind(value: object) -> type:
-        return ctypes.c_void_p if value is None or isinstance(value, Tensor) else ctypes.c_int if isinstance(value, bool) else ctypes.c_int64
-
-    members = [(name, kind(value)) for name, value in fields]
-    made = type("Args", (ctypes.Structure,), {"_fields_": members})
-    return made(*(v.data_ptr() if isinstance(v, Tensor) else v for _, v in fields))
+    """A struct of csrc/kernels.h: addresses of tensors or null, int64, or a number of ctypes."""
+    values = [v.data_ptr() if isinstance(v, Tensor) else v.value if isinstance(v, ctypes.c_int) else v for _, v in fields]
+    kinds = [ctypes.c_void_p if v is None or isinstance(v, Tensor) else ctypes.c_int64 if isinstance(v, int) else type(v) for _, v in fields]
+    made = type("Args", (ctypes.Structure,), {"_fields_": [(name, kind) for (name, _), kind in zip(fields, kinds)]})
+    return made(*values)
 
 
 def says(kernel: str, args: ctypes.Structure) -> str | None:
@@ -103,7 +100,7 @@ def says(kernel: str, args: ctypes.Structure) -> str | None:
     return text.decode() if text else None
 
 
-F32 = False  # DType::f32 is 0
+F32 = ctypes.c_int(0)  # DType::f32
 ROWS, TOKENS, DIM = 6, 4, 40
 
 

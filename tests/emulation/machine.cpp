@@ -328,13 +328,16 @@ void Machine::hold_meeting(Block& block, Warp& warp, size_t which) {
 void Machine::sync_warp(uint32_t mask) { meet("__syncwarp", mask, 0); }
 
 void* Machine::shared(int number, size_t bytes) {
-  std::unique_ptr<char[]>& memory = current->block->shared[number];
-  if (!memory) {
-    memory.reset(new char[bytes]);
-    for (size_t i = 0; i < bytes; ++i) memory[i] = static_cast<char>(random_());
-    races_.forget(reinterpret_cast<uintptr_t>(memory.get()), bytes);  // it may have been another block's
+  auto& variables = current->block->shared;
+  auto place = variables.find(number);
+  if (place == variables.end()) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 128, bytes) != 0) fail("no memory for a shared variable");
+    place = variables.emplace(number, std::unique_ptr<char, void (*)(void*)>(static_cast<char*>(memory), &std::free)).first;
+    for (size_t i = 0; i < bytes; ++i) static_cast<char*>(memory)[i] = static_cast<char>(random_());
+    races_.forget(reinterpret_cast<uintptr_t>(memory), bytes);  // it may have been another block's
   }
-  return memory.get();
+  return place->second.get();
 }
 
 // --- accesses ---

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <map>
 #include <memory>
 #include <random>
@@ -50,7 +51,7 @@ struct Block {
   int num_threads, num_live, num_at_barrier;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
-  std::map<int, std::unique_ptr<char[]>> shared;  // by the number of the variable; -1: dynamic
+  std::map<int, std::unique_ptr<char, void (*)(void*)>> shared;  // by the number of the variable; -1: dynamic
 };
 
 class Machine {

@@ -66,21 +66,26 @@ class Races {
       if (spare_.size() < kSpare) spare_.push_back(std::move(page));
     }
     pages_.clear();
-    last_number_ = ~uintptr_t{0};
+    std::fill(std::begin(recent_), std::end(recent_), Recent{});
   }
 
  private:
   struct Cell {
     Access write, read;
   };
-  static constexpr size_t kPage = 1024, kSpare = 1024;
+  static constexpr size_t kPage = 1024, kSpare = 1024, kRecent = 64;
   struct Page {
     Cell cells[kPage];
+  };
+  struct Recent {
+    uintptr_t number = ~uintptr_t{0};
+    Page* page = nullptr;
   };
 
   Cell& at(uintptr_t address) {
     const uintptr_t number = address / kPage;
-    if (number != last_number_) {
+    Recent& recent = recent_[number % kRecent];
+    if (number != recent.number) {
       std::unique_ptr<Page>& page = pages_[number];
       if (!page && !spare_.empty()) {
         page = std::move(spare_.back());
@@ -88,10 +93,9 @@ class Races {
         std::fill(std::begin(page->cells), std::end(page->cells), Cell{});
       }
       if (!page) page = std::make_unique<Page>();
-      last_number_ = number;
-      last_ = page.get();
+      recent = {number, page.get()};
     }
-    return last_->cells[address % kPage];
+    return recent.page->cells[address % kPage];
   }
 
   static void note_read(Access& read, const Access& me, const uint32_t* lanes) {
@@ -113,8 +117,7 @@ class Races {
 
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
   std::vector<std::unique_ptr<Page>> spare_;
-  uintptr_t last_number_ = ~uintptr_t{0};
-  Page* last_ = nullptr;
+  Recent recent_[kRecent];
 };
 
 }  // namespace emulator

@@ -101,7 +101,10 @@ def _launches(text: str, name: str) -> str:
     return "".join([*parts, text[done:]])
 
 
-_SHARED = re.compile(r"(extern\s+)?\b__shared__\s+(?:__align__\(\w+\)\s*|alignas\(\w+\)\s*)?((?:[\w:]+(?:<[^;=]*>)?[\s*]+)+)(\w+)\s*((?:\[[^\]]*\]\s*)*);")
+_SHARED = re.compile(
+    r"(extern\s+)?\b__shared__\s+(?:__align__\(\w+\)\s*|alignas\(\w+\)\s*)?"  # what it is aligned to is true of all memory here
+    r"((?:[\w:]+(?:<[^;=]*>)?[\s*]+)+)(\w+)\s*((?:\[[^\]]*\]\s*)*);"
+)
 
 
 def _shared(text: str, name: str) -> str:

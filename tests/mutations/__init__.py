@@ -42,7 +42,8 @@ class Mutation:
 
     @property
     def is_native(self) -> bool:
-        return self.file.startswith("csrc/")
+        """Whether the package's extension must be built anew; tests of the CUDA kernels compile those by themselves."""
+        return self.file.startswith("csrc/") and not self.file.startswith("csrc/cuda/")
 
 
 @dataclass(frozen=True)
