@@ -118,6 +118,12 @@ def snippets(cache: Path) -> Snippets:
     return Snippets(build.library([build.HERE / "snippets.cu"], cache / "snippets.so", cache))
 
 
+def zeros(size: int) -> np.ndarray:
+    """int32, aligned to 16 bytes."""
+    memory = np.zeros(size + 3, np.int32)
+    return memory[-(memory.ctypes.data // 4) % 4 :][:size]
+
+
 # name: (what is said of it, n, grid, block)
 WRONG = {
     "missing_barrier": (r"(reads|writes) 4 bytes at .*snippets.cu:17.*, a race with block \(0, 0, 0\) thread \(", 0, 1, 64),
@@ -153,9 +159,7 @@ def test_a_wrong_kernel_is_reported(name: str, snippets: Snippets) -> None:
     snippets.library.emulator_patience(0.05)
     for seed in range(4):
         snippets.library.emulator_seed(seed)
-        buffer = np.zeros(256, np.int32)
-        buffer = buffer[(-(buffer.ctypes.data // 4)) % 4 :]  # aligned to 16 bytes
-        message = snippets("order" if name in ("no_blocks", "too_many_threads") else name, buffer, n, (grid, 1, 1), (block, 1, 1))
+        message = snippets("order" if name in ("no_blocks", "too_many_threads") else name, zeros(250), n, (grid, 1, 1), (block, 1, 1))
         assert message is not None and re.search(said, message), message
     data = np.arange(128, dtype=np.int32)
     assert snippets("warp_ring", data[:64], 0, (1, 1, 1), (64, 1, 1)) is None
@@ -237,6 +241,12 @@ def test_right_kernels(seed: int, snippets: Snippets) -> None:
     data = np.zeros(2, np.int32)
     assert snippets("flags", data, 5, (1, 1, 1), (64, 1, 1)) is None
     assert list(data) == [5, 6]
+
+    data = zeros(12 * 75)
+    data[:300] = rows = np.arange(300)
+    assert snippets("through_a_table", data, 75) is None
+    even = np.arange(300) // 4 % 2 == 0
+    assert np.array_equal(data, np.concatenate([rows, rows * even, rows * ~even]))
 
     data = np.zeros(64 * 12, np.int32)
     assert snippets("indices", data, 0, (3, 2, 2), (4, 8, 2)) is None

@@ -10,11 +10,13 @@ from pathlib import Path
 from tests.emulation.build import COMPILER, ROOT
 
 TESTS = ["tests/emulation/emulated.py", "tests/test_ops.py", "tests/moe/test_experts.py", "tests/moe/test_layer.py"]
+TESTS += [f"tests/moe/test_peers.py::{name}" for name in ("test_push", "test_pull", "test_what_does_not_fit_is_refused")]
 NOT_EMULATED = {
     "tests/test_ops.py::test_cuda_sources_compile": "about nvcc",
     "tests/test_ops.py::test_demanding_cuda_without_it_is_one_clear_line": "about setup.py",
     "tests/test_ops.py::test_float16_is_refused_on_the_cpu": "the emulated build takes it",
     "tests/test_ops.py::test_bfloat16_rounds_to_nearest_even": "a warp for each of many numbers; tests/test_emulation.py looks at more of them",
+    "tests/test_ops.py::test_threads_do_not_change_a_bit": "about the CPU's threads",
     "tests/test_ops.py::test_permute_and_combine_equal_reference[many experts-torch.float32-cpu]": "the reference is slow; two of the dtypes do",
     "tests/test_ops.py::test_permute_and_combine_equal_reference[many experts-torch.float64-cpu]": "the reference is slow; two of the dtypes do",
 }

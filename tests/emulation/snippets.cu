@@ -207,6 +207,16 @@ __global__ void indices(int* data, int n) {
   atomicAdd(&data[thread + b.x * b.y * b.z * block], lanes);
 }
 
+// Packs of 16 bytes to buffers that a table names, as rows go to other ranks.
+__global__ void through_a_table(int* data, int n) {
+  __shared__ uint4* table[2];
+  if (threadIdx.x < 2) table[threadIdx.x] = reinterpret_cast<uint4*>(data + (1 + threadIdx.x) * 4 * n);
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < n; i += static_cast<int>(blockDim.x)) {
+    table[i % 2][i] = __ldg(reinterpret_cast<const uint4*>(data) + i);
+  }
+}
+
 __global__ void from_half(int* data, int n) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i >= n) return;
@@ -274,5 +284,6 @@ SNIPPET(halves)
 SNIPPET(atomics)
 SNIPPET(flags)
 SNIPPET(indices)
+SNIPPET(through_a_table)
 SNIPPET(from_half)
 SNIPPET(to_half)
