@@ -21,6 +21,6 @@ What it finds, each as an exception with the kernel and the thread, and nearly a
 
 What it can't find: anything about speed, occupancy or registers; the memory model (here every access is done when the next begins, so a missing
 __threadfence is not missed); bugs that need real timing or real warps that run in step; how the compiler for the device rounds (sums and products are
-fused as it likes here too, exp is the host's); the toolkit's own parts (the scan is another one here); shared memory past a neighbour's in
-one variable; two kernels that run at once, because each launch ends before the next.
+fused as it likes here too, exp is the host's); the toolkit's own parts (the scan is another one here); a CUDA_CHECK_LAUNCH that was forgotten (a
+wrong launch throws by itself); two kernels that run at once, because each launch ends before the next.
 """

@@ -86,7 +86,7 @@ def test_packs_and_their_edges(dtype: torch.dtype) -> None:
 
 def arguments(*fields: tuple[str, object]) -> ctypes.Structure:
     """A struct of csrc/kernels.h: addresses of tensors or null, int64, or a number of ctypes."""
-    values = [v.data_ptr() if isinstance(v, Tensor) else v.value if isinstance(v, ctypes.c_int) else v for _, v in fields]
+    values = [v.data_ptr() if isinstance(v, Tensor) else v.value if isinstance(v, ctypes.c_int | ctypes.c_bool) else v for _, v in fields]
     kinds = [ctypes.c_void_p if v is None or isinstance(v, Tensor) else ctypes.c_int64 if isinstance(v, int) else type(v) for _, v in fields]
     made = type("Args", (ctypes.Structure,), {"_fields_": [(name, kind) for (name, _), kind in zip(fields, kinds)]})
     return made(*values)
@@ -125,13 +125,47 @@ def combine_backward_of(tokens: list[int]) -> str | None:
     return says("combine_backward", arguments(("dtype", F32), *data, *sizes, *out))
 
 
-def route_of(num_routes: int) -> str | None:
+def route_of(num_routes: int, padded: bool = False) -> str | None:
     mask = torch.ones(3, 5, dtype=torch.bool)
     counts, offsets = torch.empty(5, dtype=torch.int32), torch.empty(4, dtype=torch.int32)
     tokens, positions = torch.empty(max(1, num_routes), dtype=torch.int32), torch.empty(max(1, num_routes), dtype=torch.int32)
-    sizes = [("mask", mask), ("num_tokens", 3), ("num_experts", 5), ("num_routes", num_routes)]
+    sizes = [("mask", mask), ("num_tokens", 3), ("num_experts", 5), ("num_routes", num_routes), ("padded", ctypes.c_bool(padded))]
     out = [("tokens", tokens), ("counts", counts), ("row_offsets", offsets), ("positions", positions), ("workspace", None)]
     return says("route", arguments(*sizes, *out))
+
+
+def push_of(begins: list[int], places: list[int], tokens: list[int] | None) -> str | None:
+    """ROWS rows to two ranks whose buffers hold as many."""
+    index = None if tokens is None else torch.tensor(tokens, dtype=torch.int32)
+    begin, place, buffers = torch.tensor(begins, dtype=torch.int32), torch.tensor(places, dtype=torch.int32), torch.empty(2, ROWS, DIM)
+    addresses, x = torch.tensor([b.data_ptr() for b in buffers]), torch.randn(ROWS, DIM)
+    where = [("begins", begin), ("places", place), ("buffers", addresses)]
+    sizes = [("num_rows", ROWS), ("num_pairs", ROWS), ("num_ranks", 2), ("row_bytes", DIM * 4), ("capacity", ROWS * DIM * 4)]
+    return says("push_rows", arguments(("x", x), ("tokens", index), *where, *sizes))
+
+
+def pull_of(offsets: list[int], positions: list[int], places: list[int]) -> str | None:
+    offset, position = torch.tensor(offsets, dtype=torch.int32), torch.tensor(positions, dtype=torch.int32)
+    begin, place, buffers = torch.tensor([0, 4, 6], dtype=torch.int32), torch.tensor(places, dtype=torch.int32), torch.randn(2, ROWS, DIM)
+    addresses, out = torch.tensor([b.data_ptr() for b in buffers]), torch.empty(TOKENS, DIM)
+    where = [("row_offsets", offset), ("positions", position), ("begins", begin), ("places", place), ("buffers", addresses)]
+    sizes = [("num_tokens", TOKENS), ("num_pairs", ROWS), ("num_ranks", 2), ("dim", DIM), ("capacity", ROWS * DIM * 4)]
+    return says("pull_rows", arguments(("dtype", F32), *where, *sizes, ("out", out)))
+
+
+def test_rows_of_peers_stay_in_their_buffers() -> None:
+    """The buffers are other ranks' memory: what does not fit is not written."""
+    assert push_of([0, 4, 6], [2, 4], None) is None and push_of([0, 0, 6], [0, 0], [5, 4, 3, 2, 1, 0]) is None
+    for places in ([3, 0], [0, 5], [-1, 0], [2**31 - 1, 0]):
+        assert "peers: places: a row outside its buffer" in push_of([0, 4, 6], places, None)
+    for begins in ([0, 4, 5], [1, 4, 6]):
+        assert "peers: " in push_of(begins, [0, 0], None)
+    assert "push_rows: tokens: index out of range" in push_of([0, 4, 6], [0, 0], [0, 1, 2, 3, 4, ROWS])
+    right = [0, 2, 2, 5, 6], [0, 3, 1, 2, 5, 4]
+    assert pull_of(*right, [2, 4]) is None
+    assert "peers: places: a row outside its buffer" in pull_of(*right, [3, 4])
+    assert "pull_rows: positions: index out of range" in pull_of(right[0], [0, 3, 1, 2, 5, ROWS], [2, 4])
+    assert "pull_rows: row_offsets: not rising within the rows" in pull_of([0, 3, 2, 5, 6], right[1], [2, 4])
 
 
 def test_wrong_indices_trap() -> None:
@@ -147,7 +181,8 @@ def test_wrong_indices_trap() -> None:
         assert "combine: positions: index out of range" in combine_of([0, 2, 2, 5, 6], [0, 3, 1, 2, 5, wrong])
     for offsets in ([0, 2, 2, 5, 7], [-1, 2, 2, 5, 6], [0, 3, 2, 5, 6]):
         assert "combine: row_offsets: not rising within the routes" in combine_of(offsets, [0, 1, 2, 3, 4, 5])
-    assert route_of(15) is None
+    assert route_of(15) is None and route_of(15, padded=True) is None and route_of(21, padded=True) is None
+    assert "num_routes is less than the number of ones" in route_of(14, padded=True)
     assert "num_routes is less than the number of ones" in route_of(14)
     assert "num_routes is less than the number of ones" in route_of(0)
     assert "num_routes is not the number of ones" in route_of(16)

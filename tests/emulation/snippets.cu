@@ -220,18 +220,17 @@ __global__ void through_a_table(int* data, int n) {
 __global__ void from_half(int* data, int n) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i >= n) return;
-  const __half half{static_cast<uint16_t>(data[i])};
-  const __nv_bfloat16 bfloat{static_cast<uint16_t>(data[i])};
-  reinterpret_cast<float*>(data)[n + i] = __half2float(half);
-  reinterpret_cast<float*>(data)[2 * n + i] = __bfloat162float(bfloat);
+  const unsigned short bits = static_cast<unsigned short>(data[i]);
+  reinterpret_cast<float*>(data)[n + i] = __half2float(__ushort_as_half(bits));
+  reinterpret_cast<float*>(data)[2 * n + i] = __bfloat162float(__ushort_as_bfloat16(bits));
 }
 
 __global__ void to_half(int* data, int n) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i >= n) return;
   const float x = reinterpret_cast<const float*>(data)[i];
-  data[n + i] = __float2half_rn(x).bits;
-  data[2 * n + i] = __float2bfloat16_rn(x).bits;
+  data[n + i] = __half_as_ushort(__float2half_rn(x));
+  data[2 * n + i] = __bfloat16_as_ushort(__float2bfloat16_rn(x));
 }
 
 template <class Kernel>

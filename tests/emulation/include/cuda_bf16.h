@@ -8,6 +8,9 @@ struct __nv_bfloat16 {
   uint16_t bits;
 };
 
+inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) { return {bits}; }
+inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
+
 inline float __bfloat162float(__nv_bfloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
   float value;
