@@ -210,7 +210,7 @@ class _CrossEntropy(torch.autograd.Function):
         # Float32 sum over the chunks: in bfloat16 the later chunks would be rounded away.
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if ctx.needs_input_grad[1] else None
         for part in _chunks(hidden.shape[0], weight.shape[0]):
-            probabilities = ((hidden[part] @ w.T).to(wide) - normalizers[part, None]).exp_()
+            probabilities = (hidden[part] @ w.T).to(wide).sub_(normalizers[part, None]).exp_()
             probabilities.scatter_add_(1, targets[part, None], torch.full_like(normalizers[part, None], -1))
             grad_logits = probabilities.mul_(scale[part, None]).to(hidden.dtype)
             if grad_hidden is not None:

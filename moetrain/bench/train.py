@@ -18,8 +18,11 @@ from moetrain.train import Trainer
 KINDS = {
     "GEMM": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "moetrain::experts"),
     "attention": ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention", "flash_attn"),
-    "communication": ("gloo:", "nccl:", "c10d::", "record_param_comms", "_SendRows", "_ReturnRows", "_SendWeights", "_SendProbes", "FSDP::"),
-}
+    "communication": (
+        "gloo:", "nccl:", "c10d::", "record_param_comms", "_SendRows", "_ReturnRows", "_SendWeights", "_SendProbes", "moetrain::push",
+        "moetrain::pull", "FSDP::",
+    ),
+}  # fmt: skip
 """Kind -> beginnings of the operators' names. `moetrain::experts` is the whole experts' block on the CPU, activation and gather included. The
 dispatcher's functions and FSDP's hooks have the wait for other ranks as time of their own."""
 
