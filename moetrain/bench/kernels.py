@@ -15,17 +15,17 @@ from moetrain.bench.rivals import Problem, Shape, make
 _COLUMNS = ["shape T,D,F,E,k", "dtype", "operator", "ms", "GB/s", "of copy", "GFLOP/s", "of GEMM peak"]
 
 
-def run(shapes: list[Shape], dtypes: list[torch.dtype], seconds: float = 0.3) -> list[Table]:
+def run(shapes: list[Shape], dtypes: list[torch.dtype], seconds: float = 0.3, device: torch.device = measure.CPU) -> list[Table]:
     """seconds: how long each operator is repeated at least; the shortest run counts."""
-    roof = measure.roofline(dtypes)
+    roof = measure.roofline(dtypes, device=device)
     rates = ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in roof.gemm.items())
-    table = Table(f"Operators, {torch.get_num_threads()} thread(s). This machine: GEMM {rates}, copy {roof.copy:.0f} GB/s", _COLUMNS)
+    table = Table(f"Operators, {measure.where(device)}. This machine: GEMM {rates}, copy {roof.copy:.0f} GB/s", _COLUMNS)
     for shape in shapes:
         for dtype in dtypes:
             name = measure.name_of(dtype)
-            for operator, (call, bytes_moved, flops) in _operators(make(shape, dtype, "balanced")).items():
+            for operator, (call, bytes_moved, flops) in _operators(make(shape, dtype, "balanced", device=device)).items():
                 measure.progress(f"{shape} {name} {operator}")
-                spent = measure.best_of(call, seconds, 3)
+                spent = measure.best_of(call, seconds, 3, device)
                 row = {"shape T,D,F,E,k": str(shape), "dtype": name, "operator": operator, "ms": spent * 1e3}
                 if bytes_moved:
                     row |= {"GB/s": bytes_moved / spent / 1e9, "of copy": bytes_moved / spent / 1e9 / roof.copy}
@@ -45,8 +45,8 @@ def _operators(problem: Problem) -> dict[str, tuple[Callable[[], object], int, i
     R, size = int(mask.sum()), x.element_size()
     tokens, counts, row_offsets, positions = ops.route(mask, R)
     index = (tokens, row_offsets, positions)
-    weights = torch.full((R,), 1 / problem.shape.k)
-    rows, pre, act = (torch.randn(R, n).to(x.dtype) for n in (D, 2 * F, F))
+    weights = torch.full((R,), 1 / problem.shape.k, device=x.device)
+    rows, pre, act = (torch.randn(R, n, device=x.device).to(x.dtype) for n in (D, 2 * F, F))
     found: dict[str, tuple[Callable[[], object], int, int]] = {
         "route": (lambda: ops.route(mask, R), mask.nbytes + 8 * R, 0),
         "permute": (lambda: ops.permute(x, *index), 2 * R * D * size, 0),

@@ -61,10 +61,12 @@ def count_routes(problem: Problem) -> int:
     return int((logits > threshold).sum())
 
 
-def run(shapes: list[Shape], dtypes: list[torch.dtype], routings: list[str], rounds: int, rivals: bool = True) -> list[Table]:
+def run(
+    shapes: list[Shape], dtypes: list[torch.dtype], routings: list[str], rounds: int, rivals: bool = True, device: torch.device = measure.CPU
+) -> list[Table]:
     """One table of layers; with a variable shape and the real router, another of what the straight-through estimator costs."""
-    roof = measure.roofline(dtypes)
-    table = Table(_title(roof), _COLUMNS)
+    roof = measure.roofline(dtypes, device=device)
+    table = Table(_title(roof, device), _COLUMNS)
     title = "Straight-through estimator: forward and backward of the layer, by what is probed"
     steps = Table(title, ["shape T,D,F,E,k", "dtype", "ste", "ms", "of off"])
     missing: dict[str, set[str]] = {}
@@ -72,10 +74,10 @@ def run(shapes: list[Shape], dtypes: list[torch.dtype], routings: list[str], rou
         for dtype in dtypes:
             for routing in routings:
                 measure.progress(f"{shape} {measure.name_of(dtype)} {routing}")
-                table.rows += _row(make(shape, dtype, routing), routing, rounds, rivals, roof.gemm[measure.name_of(dtype)], missing)
+                table.rows += _row(make(shape, dtype, routing, device=device), routing, rounds, rivals, roof.gemm[measure.name_of(dtype)], missing)
             if shape.variable and "router" in routings:
                 measure.progress(f"{shape} {measure.name_of(dtype)} ste")
-                steps.rows += _ste(make(shape, dtype, "router"), rounds)
+                steps.rows += _ste(make(shape, dtype, "router", device=device), rounds)
     measure.progress("")
     table.notes = [f"{name}: {'; '.join(sorted(reasons))}" for name, reasons in missing.items()]
     table.notes += [
@@ -86,9 +88,9 @@ def run(shapes: list[Shape], dtypes: list[torch.dtype], routings: list[str], rou
     return [table, *([steps] if steps.rows else [])]
 
 
-def _title(roof: measure.Roofline) -> str:
+def _title(roof: measure.Roofline, device: torch.device) -> str:
     rates = ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in roof.gemm.items())
-    return f"One sparse layer, forward + backward, {torch.get_num_threads()} thread(s). This machine: GEMM {rates}, copy {roof.copy:.0f} GB/s"
+    return f"One sparse layer, forward + backward, {measure.where(device)}. This machine: GEMM {rates}, copy {roof.copy:.0f} GB/s"
 
 
 def _row(problem: Problem, routing: str, rounds: int, rivals: bool, peak: float, missing: dict[str, set[str]]) -> list[dict[str, Any]]:
@@ -108,7 +110,7 @@ def _row(problem: Problem, routing: str, rounds: int, rivals: bool, peak: float,
         if shape.variable and name not in (DENSE, OURS, LOOP):
             work[name] = 18 * shape.hidden * shape.expert_dim * shape.tokens * shape.k
             missing.setdefault(name, set()).add(contestant.note)
-    timings = measure.interleave({n: c.step for n, c in contestants.items()}, DENSE, rounds)
+    timings = measure.interleave({n: c.step for n, c in contestants.items()}, DENSE, rounds, measure.clock_of(problem.x.device))
     bound = bound_bytes(problem, routes)
     rows = []
     for name, contestant in contestants.items():
@@ -120,7 +122,7 @@ def _row(problem: Problem, routing: str, rounds: int, rivals: bool, peak: float,
             "of dense": timing.ratio * work[name] / work[DENSE], "of GEMM peak": rate / peak,
         }  # fmt: skip
         if name != DENSE:
-            kept, most = measure.memory(contestant.forward)
+            kept, most = measure.memory(contestant.forward, problem.x.device)
             row["kept / bound"], row["peak / bound"] = ((problem.x.nbytes + held) / bound for held in (kept, most))
         rows.append(row)
     return rows
@@ -128,7 +130,7 @@ def _row(problem: Problem, routing: str, rounds: int, rivals: bool, peak: float,
 
 def _ste(problem: Problem, rounds: int) -> list[dict[str, Any]]:
     contestants = {"off": ours(problem), "sampled, 0.25": ours(problem, "sampled", 0.25), "exact": ours(problem, "exact")}
-    timings = measure.interleave({n: c.step for n, c in contestants.items()}, "off", rounds)
+    timings = measure.interleave({n: c.step for n, c in contestants.items()}, "off", rounds, measure.clock_of(problem.x.device))
     shared = {"shape T,D,F,E,k": str(problem.shape), "dtype": measure.name_of(problem.x.dtype)}
     return [{**shared, "ste": name, "ms": t.median * 1e3, "of off": 1 / t.ratio} for name, t in timings.items()]
 

@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS), metavar="ROUTING", help=routings)
     parse.add_argument("--rounds", type=_count, default=9, help="how often each contestant runs (default 9)")
     parse.add_argument("--threads", type=_count, help="threads of every contestant (default: torch's)")
+    parse.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="layer and kernels only: what computes (default cpu)")
     parse.add_argument("--ranks", type=_count, default=2, help="dispatch only: processes on this machine (default 2)")
     parse.add_argument("--no-rivals", action="store_true", help="only our layer and the dense limit")
     parse.add_argument("--json", metavar="FILE", help="write tables, machine and versions")
@@ -60,6 +61,12 @@ def main(words: Sequence[str], read: Callable[[list[str]], Config]) -> int:
 
     if options.plot and options.subject != "layer":
         raise ConfigError(f"bench: --plot draws the subject layer, not {options.subject}; use --json")
+    if options.device == "cuda":
+        if options.subject not in ("layer", "kernels"):
+            raise ConfigError(f"bench: --device cuda goes with layer and kernels, not {options.subject}")
+        if not torch.cuda.is_available():
+            raise ConfigError("bench: --device cuda: torch finds no CUDA device; moetrain doctor says more")
+    device = torch.device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.subject != "train":
@@ -67,7 +74,7 @@ def main(words: Sequence[str], read: Callable[[list[str]], Config]) -> int:
     shapes = [layer.parse_shape(word) for word in options.shapes]
     dtypes = [layer.DTYPES[word] for word in options.dtypes]
     if options.subject == "layer":
-        tables = layer.run(shapes, dtypes, options.routings, options.rounds, not options.no_rivals)
+        tables = layer.run(shapes, dtypes, options.routings, options.rounds, not options.no_rivals, device)
     elif options.subject == "dispatch":
         tables = dispatch.run(shapes, dtypes, options.routings, options.rounds, options.ranks)
     elif options.subject == "train":
@@ -75,7 +82,7 @@ def main(words: Sequence[str], read: Callable[[list[str]], Config]) -> int:
         if not tables:
             return 0  # of another rank than 0
     else:
-        tables = kernels.run(shapes, dtypes)
+        tables = kernels.run(shapes, dtypes, device=device)
     print("\n\n".join("\n".join(table.lines()) for table in tables))
     if options.json:
         measure.save(options.json, tables, words)

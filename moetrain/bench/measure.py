@@ -2,7 +2,8 @@
 
 The machine is shared and its clock moves, so times of different runs don't compare. In each round every contestant runs once, the first one's
 place moving on from round to round, and what is reported is the median over rounds of a ratio within a round. With one thread the clock is
-the processor time of this process, which does not count the time that others had the core; with more it is wall time.
+the processor time of this process, which does not count the time that others had the core; with more it is wall time. On a GPU it is wall
+time that begins and ends with nothing left to do there.
 """
 
 from __future__ import annotations
@@ -62,8 +63,19 @@ def keep_memory() -> None:
         mallopt(trim_threshold, 2**31 - 1), mallopt(mmap_max, 0)
 
 
+CPU = torch.device("cpu")
+
+
 def clock() -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    def finished() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return finished if device.type == "cuda" else clock
 
 
 def interleave(steps: dict[str, Step], baseline: str, rounds: int, now: Callable[[], float] = clock) -> dict[str, Timing]:
@@ -88,9 +100,12 @@ def interleave(steps: dict[str, Step], baseline: str, rounds: int, now: Callable
     return {n: Timing(s, statistics.median(b / own for b, own in zip(seconds[baseline], s))) for n, s in seconds.items()}
 
 
-def best_of(step: Step, seconds: float = 0.2, at_least: int = 5) -> float:
-    """The shortest of repeated runs: for limits of the machine, where whatever disturbs only adds."""
+def best_of(step: Step, seconds: float = 0.2, at_least: int = 5, device: torch.device = CPU) -> float:
+    """The shortest of repeated runs: for limits of the machine, where whatever disturbs only adds. On a GPU a run is of ten steps between two of its
+    events, so that neither the host nor a launch counts where the device is the slower."""
     step()
+    if device.type == "cuda":
+        return _best_on_gpu(step, seconds, at_least, device)
     best, end, count = float("inf"), time.perf_counter() + seconds, 0
     while count < at_least or time.perf_counter() < end:
         start = clock()
@@ -99,11 +114,33 @@ def best_of(step: Step, seconds: float = 0.2, at_least: int = 5) -> float:
     return best
 
 
-def memory(forward: Callable[[], Tensor]) -> tuple[int, int]:
+def _best_on_gpu(step: Step, seconds: float, at_least: int, device: torch.device, steps: int = 10) -> float:
+    best, end, count = float("inf"), time.perf_counter() + seconds, 0
+    with torch.cuda.device(device):
+        while count < at_least or time.perf_counter() < end:
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(steps):
+                step()
+            stop.record()
+            stop.synchronize()
+            best, count = min(best, start.elapsed_time(stop) / 1e3 / steps), count + 1
+    return best
+
+
+def memory(forward: Callable[[], Tensor], device: torch.device = CPU) -> tuple[int, int]:
     """(bytes that a forward leaves held for backward, the most it held at once), its output not counted, from the profiler's record of what
-    torch's CPU allocator gave and took. Tensors that were there before, such as the input, don't appear in it."""
+    torch's CPU allocator gave and took, or the CUDA allocator's counters. Tensors that were there before, such as the input, don't appear in it."""
     forward()
     gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        output = forward()
+        held, peak = torch.cuda.memory_allocated(device) - before, torch.cuda.max_memory_allocated(device) - before
+        size = output.untyped_storage().nbytes()
+        return held - size, peak - size
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         output = forward()
     changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -123,17 +160,20 @@ class Roofline:
     copy: float
 
 
-def roofline(dtypes: Sequence[torch.dtype], seconds: float = 0.3) -> Roofline:
-    gemm = {}
+def roofline(dtypes: Sequence[torch.dtype], seconds: float = 0.3, device: torch.device = CPU) -> Roofline:
+    on_gpu, gemm = device.type == "cuda", {}
+    sizes = ((4096, 4096, 4096), (8192, 8192, 8192)) if on_gpu else ((256, 512, 512), (512, 1024, 1024), (1024, 1024, 1024))
     for dtype in dtypes:
         rates = []
-        for m, k, n in ((256, 512, 512), (512, 1024, 1024), (1024, 1024, 1024)):
-            a, b = torch.ones(m, k, dtype=dtype), torch.ones(k, n, dtype=dtype)
-            out = torch.empty(m, n, dtype=dtype)
-            rates.append(2 * m * k * n / best_of(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), seconds / 3) / 1e9)
+        for m, k, n in sizes:
+            # Random: of equal numbers a GPU computes faster, since less switches.
+            a, b = (torch.randn(*shape, device=device).to(dtype) for shape in ((m, k), (k, n)))
+            out = torch.empty(m, n, dtype=dtype, device=device)
+            rates.append(2 * m * k * n / best_of(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), seconds / 3, device=device) / 1e9)
         gemm[name_of(dtype)] = max(rates)
-    source, target = torch.ones(1 << 26), torch.empty(1 << 26)
-    return Roofline(gemm, 2 * source.nbytes / best_of(lambda: target.copy_(source), seconds) / 1e9)
+    source = torch.ones(1 << (29 if on_gpu else 26), device=device)
+    target = torch.empty_like(source)
+    return Roofline(gemm, 2 * source.nbytes / best_of(lambda: target.copy_(source), seconds, device=device) / 1e9)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -178,7 +218,7 @@ def machine() -> dict[str, Any]:
         found = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         name = f"{found[0]}, {len(found)} CPUs" if found else name
     packages = {}
-    for package in ("torch", "transformers", "deepspeed", "megatron-core"):
+    for package in ("torch", "transformers", "deepspeed", "megatron-core", "scattermoe", "sonic-moe"):
         try:
             packages[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -191,7 +231,13 @@ def machine() -> dict[str, Any]:
         "cpu": name,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        **({"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}),
     }
+
+
+def where(device: torch.device) -> str:
+    """What computes, for a title."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} thread(s)"
 
 
 def save(path: str, tables: Sequence[Table], words: Sequence[str], **more: Any) -> None:

@@ -20,8 +20,9 @@ from torch.nn.functional import linear, silu
 from moetrain import ops
 from moetrain.bench.measure import Step
 from moetrain.config import ModelConfig, MoEConfig, SigmoidSteRouter, TopKRouter
+from moetrain.moe import sonic
 from moetrain.moe.dispatch import LocalDispatcher
-from moetrain.moe.experts import GroupedExperts
+from moetrain.moe.experts import Backend, GroupedExperts
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.routing import Decision, Routing, TokenContext
 
@@ -67,9 +68,9 @@ class Problem:
         return nn.Parameter(tensor.clone())
 
 
-def make(shape: Shape, dtype: torch.dtype, routing: str, seed: int = 0) -> Problem:
+def make(shape: Shape, dtype: torch.dtype, routing: str, seed: int = 0, device: torch.device | None = None) -> Problem:
     """routing: `router` (each contestant's own router decides), `balanced` (all experts alike) or `skew` (half of the experts get 8 times as
-    many routes as the others)."""
+    many routes as the others). The numbers are the same on every device (None: the CPU)."""
     generator = torch.Generator().manual_seed(seed)
     T, D, F, E, k = shape.tokens, shape.hidden, shape.expert_dim, shape.experts, shape.k
 
@@ -90,7 +91,8 @@ def make(shape: Shape, dtype: torch.dtype, routing: str, seed: int = 0) -> Probl
         else:
             active = torch.zeros(T, E, dtype=torch.bool).scatter(1, chosen, True)
         weights = active.float() / k
-    return Problem(shape, x, grad, gate_up, down, router, active, chosen, weights)
+    tensors = (x, grad, gate_up, down, router, active, chosen, weights)
+    return Problem(shape, *(None if t is None else t.to(device) for t in tensors))  # type: ignore[arg-type]
 
 
 def _systematic(share: Tensor, rows: int, k: int, generator: torch.Generator) -> Tensor:
@@ -123,20 +125,23 @@ def _contestant(forward: Callable[[], Tensor], x: Tensor, weights: list[Tensor],
     return Contestant(forward, step, note)
 
 
-def ours(problem: Problem, ste: str = "off", probe_rate: float = 0.25) -> Contestant:
-    """The layer with its router, or its dispatch and experts under forced routes."""
+def ours(problem: Problem, ste: str = "off", probe_rate: float = 0.25, backend: Backend | None = None) -> Contestant:
+    """The layer with its router, or its dispatch and experts under forced routes. backend: what computes the experts, in place of torch."""
     shape = problem.shape
     x = problem.x.clone().requires_grad_()
     if problem.active is None:
         layer = MoELayer(_config(shape, ste, probe_rate), 0)
         with torch.no_grad():
+            layer.to(problem.x.device)
             layer.experts.to(problem.x.dtype)  # the router's weights are float32 in training too
             layer.router.weight.copy_(problem.router)
             layer.experts.gate_up.copy_(problem.gate_up)
             layer.experts.down.copy_(problem.down)
-        context = TokenContext(keys=torch.arange(shape.tokens))
+        layer.experts.backend = backend
+        context = TokenContext(keys=torch.arange(shape.tokens, device=x.device))
         return _contestant(lambda: layer(x, context, x)[0], x, list(layer.parameters()), problem.grad)
     experts, dispatcher = GroupedExperts(shape.experts, shape.hidden, shape.expert_dim), LocalDispatcher()
+    experts.backend = backend
     experts.gate_up, experts.down = problem.leaf(problem.gate_up), problem.leaf(problem.down)
     assert problem.weights is not None
     weights, decision = problem.weights.clone().requires_grad_(), Decision(problem.active)
@@ -183,10 +188,10 @@ def _config(shape: Shape, ste: str, probe_rate: float) -> ModelConfig:
 def dense(problem: Problem, width: int) -> Contestant:
     """The limit: a dense SwiGLU FFN of intermediate size `width` on the same tokens, as torch and Hugging Face write it."""
     generator = torch.Generator().manual_seed(1)
-    D, dtype = problem.shape.hidden, problem.x.dtype
+    D = problem.shape.hidden
     x = problem.x.clone().requires_grad_()
-    gate, up = (problem.leaf((torch.randn(width, D, generator=generator) * D**-0.5).to(dtype)) for _ in range(2))
-    down = problem.leaf((torch.randn(D, width, generator=generator) * width**-0.5).to(dtype))
+    gate, up = (problem.leaf((torch.randn(width, D, generator=generator) * D**-0.5).to(x)) for _ in range(2))
+    down = problem.leaf((torch.randn(D, width, generator=generator) * width**-0.5).to(x))
     return _contestant(lambda: linear(silu(linear(x, gate)) * linear(x, up), down), x, [gate, up, down], problem.grad)
 
 
@@ -206,12 +211,13 @@ def hugging_face(problem: Problem, implementation: str) -> Contestant:
     block = Qwen3MoeSparseMoeBlock(config)
     block.experts.gate_up_proj, block.experts.down_proj = problem.leaf(problem.gate_up), problem.leaf(problem.down)
     block.gate.weight = problem.leaf(problem.router)
+    block.to(problem.x.device)
     x = problem.x.clone().requires_grad_()
     weights = [block.experts.gate_up_proj, block.experts.down_proj]
     note = f"{shape.k} routes for every token" if shape.variable else ""
     if problem.chosen is None:
         return _contestant(lambda: block(x[None])[0], x, [*weights, block.gate.weight], problem.grad, note)
-    factors = torch.full(problem.chosen.shape, 1 / shape.k, dtype=problem.x.dtype, requires_grad=True)
+    factors = torch.full(problem.chosen.shape, 1 / shape.k, dtype=problem.x.dtype, device=x.device, requires_grad=True)
     return _contestant(lambda: block.experts(x, problem.chosen, factors), x, [*weights, factors], problem.grad, note)
 
 
@@ -219,6 +225,8 @@ def deepspeed_moe(problem: Problem) -> Contestant:
     """deepspeed.moe.layer.MoE without dropped tokens. Its gate has no way to force routes, so it takes part with a real router only."""
     if importlib.util.find_spec("deepspeed") is None:
         raise Unavailable("not installed")
+    if problem.x.device.type != "cpu":
+        raise Unavailable("set up for the CPU only")
     if problem.chosen is not None:
         raise Unavailable("its routes can't be forced")
     shape = problem.shape
@@ -258,6 +266,41 @@ def deepspeed_moe(problem: Problem) -> Contestant:
     return _contestant(lambda: layer(x[None])[0][0], x, list(layer.parameters()), problem.grad, note)
 
 
+def scattermoe(problem: Problem) -> Contestant:
+    """ScatterMoE's GLUMLP (2025-10), for GPUs, behind a softmax router in torch. Written from its source; it has not run here."""
+    if importlib.util.find_spec("scattermoe") is None:
+        raise Unavailable("not installed")
+    if problem.x.device.type != "cuda":
+        raise Unavailable("runs on GPUs only")
+    from scattermoe.mlp import GLUMLP
+
+    shape = problem.shape
+    block = GLUMLP(shape.hidden, shape.expert_dim, shape.experts, shape.k)
+    gate, up = problem.gate_up.chunk(2, 1)
+    block.experts.weight = problem.leaf(torch.cat([up, gate], 1))  # it applies SiLU to the second half
+    block.output_experts.weight = problem.leaf(problem.down)
+    x, router = problem.x.clone().requires_grad_(), problem.leaf(problem.router)
+    weights = [block.experts.weight, block.output_experts.weight]
+    note = f"{shape.k} routes for every token" if shape.variable else ""
+    if problem.chosen is None:
+
+        def forward() -> Tensor:
+            best, chosen = torch.softmax(linear(x, router).float(), -1).topk(shape.k, -1)
+            return block(x, (best / best.sum(-1, keepdim=True)).to(x.dtype), chosen)
+
+        return _contestant(forward, x, [*weights, router], problem.grad, note)
+    factors = torch.full(problem.chosen.shape, 1 / shape.k, dtype=x.dtype, device=x.device, requires_grad=True)
+    return _contestant(lambda: block(x, factors, problem.chosen), x, [*weights, factors], problem.grad, note)
+
+
+def by_sonicmoe(problem: Problem) -> Contestant:
+    """Ours with SonicMoE's kernels for the experts (`train.experts_backend`), its router and dispatch ours."""
+    lacking = sonic.missing(problem.x.device)
+    if lacking is not None:
+        raise Unavailable(f"needs {lacking}")
+    return ours(problem, backend=sonic.compute)
+
+
 def elsewhere(module: str) -> Callable[[Problem], Contestant]:
     """A rival whose kernels exist for GPUs only, or (Megatron-Core 0.16) whose router and dispatcher call torch.cuda whatever the device."""
 
@@ -275,7 +318,7 @@ RIVALS: dict[str, Callable[[Problem], Contestant]] = {
     "DeepSpeed": deepspeed_moe,
     "Megatron-Core": elsewhere("megatron.core"),
     "MegaBlocks": elsewhere("megablocks"),
-    "ScatterMoE": elsewhere("scattermoe"),
-    "SonicMoE": elsewhere("sonicmoe"),
+    "ScatterMoE": scattermoe,
+    "SonicMoE": by_sonicmoe,
     "Tutel": elsewhere("tutel"),
 }

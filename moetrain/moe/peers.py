@@ -203,7 +203,10 @@ def _map_gpus(capacity: int, group: dist.ProcessGroup, device: torch.device) -> 
     reasons = _told(reason, group)
     if whole is None or any(reasons):
         raise PeersUnavailable(next(r for r in reasons if r))
-    handle = symmetric.rendezvous(whole, group)
+    try:
+        handle = symmetric.rendezvous(whole, group)
+    except RuntimeError as error:  # such as GPUs without access to each other: on every rank
+        raise PeersUnavailable(f"the GPUs can't reach each other's memory ({str(error).splitlines()[0]})") from None
     starts = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device)
     return _Memory(capacity, list(whole.split(capacity)), [starts, starts + capacity], lambda: handle.barrier(channel=0), (whole, handle))
 

@@ -68,6 +68,26 @@ def test_contestants_compute_the_same_layer(routing: str) -> None:
         pytest.skip("no rival is installed")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("routing", ["balanced", "router"])
+def test_contestants_compute_the_same_layer_on_a_gpu(routing: str) -> None:
+    """As on the CPU, in the dtype of their kernels; and what a forward holds is counted there too."""
+    device, shape = torch.device("cuda", 0), Shape(256, 128, 64, 8, 2)
+    problem, alike = make(shape, torch.bfloat16, routing, device=device), make(shape, torch.bfloat16, routing)
+    expected = ours(alike).forward().float()
+    for name, build in {"ours": ours, **RIVALS}.items():
+        try:
+            contestant = build(problem)
+        except Unavailable:
+            continue
+        found = contestant.forward().float().cpu()
+        assert (found - expected).abs().max() < 0.05 * expected.abs().max(), name
+        contestant.step()
+        kept, peak = measure.memory(contestant.forward, device)
+        assert peak >= kept > 0, name
+
+
 def test_deepspeed_computes_the_same_layer() -> None:
     pytest.importorskip("deepspeed")
     program = """
@@ -133,6 +153,8 @@ def test_the_layer_keeps_its_bound() -> None:
         (["layer", "--rounds", "0"], "rounds"),
         (["layer", "--dtypes", "float64"], "float64"),
         (["kernels", "--plot", "x.png"], "--plot draws the subject layer"),
+        (["dispatch", "--device", "cuda"], "--device cuda goes with layer and kernels, not dispatch"),
+        *([] if torch.cuda.is_available() else [(["layer", "--device", "cuda"], "torch finds no CUDA device")]),
     ],
 )
 def test_wrong_words(words: list[str], said: str, capfd: pytest.CaptureFixture[str]) -> None:
