@@ -9,7 +9,6 @@ matrices and scores. Each route's output is rounded to bfloat16 before a token's
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -44,8 +43,10 @@ def missing(device: torch.device) -> str | None:
 @functools.cache
 def _package() -> tuple[Callable[..., tuple[Tensor, Tensor]], Any]:
     """(moe_general_routing_inputs, what SwiGLU is called there)."""
-    functions, enums = importlib.import_module("sonicmoe.functional"), importlib.import_module("sonicmoe.enums")
-    return functions.moe_general_routing_inputs, enums.ActivationType.SWIGLU
+    from sonicmoe.enums import ActivationType
+    from sonicmoe.functional import moe_general_routing_inputs
+
+    return moe_general_routing_inputs, ActivationType.SWIGLU
 
 
 def compute(rows: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, routes: RouteList) -> Tensor:
