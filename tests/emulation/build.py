@@ -110,7 +110,7 @@ def _compile(what: Object, cache: Path) -> Path:
         source, unfinished = target.with_suffix(f".{os.getpid()}.cpp"), target.with_suffix(f".{os.getpid()}.o")
         source.write_text(text, encoding="utf-8")
         _run([*words, f"-fdebug-prefix-map={source}={name}", "-c", str(source), "-o", str(unfinished)], name)
-        unfinished.rename(target)  # whole, also if two sessions build at once
+        unfinished.rename(target)  # whole, also if two runs of the tests build at once
         source.unlink()
     return target
 
