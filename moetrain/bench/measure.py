@@ -107,10 +107,12 @@ def best_of(step: Step, seconds: float = 0.2, at_least: int = 5, device: torch.d
     if device.type == "cuda":
         return _best_on_gpu(step, seconds, at_least, device)
     best, end, count = float("inf"), time.perf_counter() + seconds, 0
-    while count < at_least or time.perf_counter() < end:
+    while count < at_least or time.perf_counter() < end or best == float("inf"):
         start = clock()
         step()
-        best, count = min(best, clock() - start), count + 1
+        spent = clock() - start
+        # The processor's clock may stand still over a step of a microsecond.
+        best, count = min(best, spent) if spent > 0 else best, count + 1
     return best
 
 
