@@ -6,10 +6,12 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
+from torch.autograd.profiler_util import EventList
+from torch.profiler import DeviceType
 
 from moetrain.bench.measure import Table
 from moetrain.config import Config, ConfigError
@@ -27,8 +29,62 @@ KINDS = {
 dispatcher's functions and FSDP's hooks have the wait for other ranks as time of their own."""
 
 
+REST = "other operators"
+WAIT = "c10d::wait"
+"""What `account` calls the time in which the step's thread waited for a collective."""
+STEP = "moetrain::step"
+"""The event that the profiled step is in. What it has as time of its own was spent in no operator."""
+
+Span = tuple[float, float]
+
+
 def kind_of(operator: str) -> str:
-    return next((kind for kind, starts in KINDS.items() if operator.startswith(starts)), "rest")
+    return next((kind for kind, starts in KINDS.items() if operator.startswith(starts)), REST)
+
+
+def account(events: EventList, on_device: bool) -> tuple[Counter[str], float, float]:
+    """Where the time of the event STEP went, in microseconds: each operator's own, that outside any operator, and the whole.
+
+    on_device: False: time of the thread that runs the step, backward included, as it is on the CPU. The parts add up to the whole. A thread that
+    waits for another one's collective is in no operator; that is WAIT's. True: time of the device's kernels, each of the operator that launched it;
+    outside is the time in which none ran. Streams side by side make the parts more than the whole.
+    """
+    step = next(e for e in events if e.name == STEP and e.device_type == DeviceType.CPU)
+    whole: Span = (step.time_range.start, step.time_range.end)
+    own: Counter[str] = Counter()
+    if on_device:
+        kernels = []
+        for event in events:
+            if event.device_type == DeviceType.CPU:
+                # A named range has a shadow of its name on the device, which is no kernel.
+                own[event.name] += sum(k.duration for k in event.kernels if k.name != event.name)
+            elif not event.is_user_annotation:
+                kernels.append((event.time_range.start, event.time_range.end))
+        return own, _length(_gaps(whole, kernels)), whole[1] - whole[0]
+    collectives = []
+    for event in events:
+        if event.is_async and kind_of(event.name) == "communication":
+            collectives.append((event.time_range.start, event.time_range.end))
+        elif event.thread == step.thread and event is not step:
+            own[event.name] += event.self_cpu_time_total
+    outside = _gaps(whole, ((e.time_range.start, e.time_range.end) for e in step.cpu_children))
+    idle = sum(_length(_gaps(gap, collectives)) for gap in outside)
+    own[WAIT] = _length(outside) - idle
+    return own, idle, whole[1] - whole[0]
+
+
+def _gaps(whole: Span, parts: Iterable[Span]) -> list[Span]:
+    """What of a span is in none of the parts."""
+    gaps, at = [], whole[0]
+    for start, end in sorted(parts):
+        if min(start, whole[1]) > at:
+            gaps.append((at, min(start, whole[1])))
+        at = max(at, end)
+    return gaps if at >= whole[1] else [*gaps, (at, whole[1])]
+
+
+def _length(spans: list[Span]) -> float:
+    return sum(end - start for start, end in spans)
 
 
 def run(config: Config, rounds: int) -> list[Table]:
@@ -62,8 +118,11 @@ def _measure(trainer: Trainer, rounds: int) -> list[Table]:
             parts.append({
                 "data": loaded - began, "forward, backward, gradient norm": forward_backward, "optimizer, records": optimizer, "step": whole,
             })  # fmt: skip
-        with torch.profiler.profile() as profile:
-            trainer.train_step(next(batches))
+        batch = next(batches)
+        with torch.profiler.profile() as profile, torch.profiler.record_function(STEP):
+            trainer.train_step(batch)
+            if trainer.device.type == "cuda":
+                torch.cuda.synchronize()
     if trainer.rank:
         return []
     ranks = dist.get_world_size() if dist.is_initialized() else 1
@@ -73,16 +132,18 @@ def _measure(trainer: Trainer, rounds: int) -> list[Table]:
     for name in parts[0]:
         spent = statistics.median(p[name] for p in parts)
         first.rows.append({"part": name, "ms": spent * 1e3, "of the step": spent / step})
-    own: Counter[str] = Counter()
-    for event in profile.key_averages():
-        own[event.key] += event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
-    total = sum(own.values())
-    second = Table("One step by kind of operator (own time; the profiler makes small operators look larger than they are)", ["kind", "ms", "share"])
+    on_device = trainer.device.type == "cuda"
+    own, outside, total = account(profile.events(), on_device)
+    second = Table(
+        f"One more step, {total / 1e3:,.0f} ms, by kind of operator: own time (the profiler makes small operators look larger than they are)",
+        ["kind", "ms", "share"],
+    )
     by_kind: Counter[str] = Counter()
     for name, spent in own.items():
         by_kind[kind_of(name)] += spent
-    second.rows = [{"kind": kind, "ms": by_kind[kind] / 1e3, "share": by_kind[kind] / total} for kind in (*KINDS, "rest")]
-    third = Table("The largest of the rest", ["operator", "ms", "share"])
-    rest: list[tuple[str, Any]] = [(name, spent) for name, spent in own.most_common() if kind_of(name) == "rest"][:12]
+    by_kind[left := "device idle" if on_device else "outside operators"] = outside
+    second.rows = [{"kind": kind, "ms": by_kind[kind] / 1e3, "share": by_kind[kind] / total} for kind in (*KINDS, REST, left)]
+    third = Table(f"The largest of the {REST}", ["operator", "ms", "share"])
+    rest = [(name, spent) for name, spent in own.most_common() if kind_of(name) == REST][:12]
     third.rows = [{"operator": name[:60], "ms": spent / 1e3, "share": spent / total} for name, spent in rest]
     return [first, second, third]
