@@ -3,14 +3,15 @@
 Letters: B rows of a batch, S positions of a row, H query heads, K key/value heads, C head dim.
 
 Three back ends compute the same function. `flash`: the flash-attn package, CUDA, half precision. `flex`: torch's FlexAttention, CUDA, for
-batches that need a mask. `sdpa`: torch's scaled_dot_product_attention, everywhere; packed documents one at a time, so that work grows with
-the documents and not with the row.
+batches that need a mask. `sdpa`: torch's scaled_dot_product_attention, everywhere; packed documents apart, neighbours of one length in one
+call, so that work grows with the documents and not with the row.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,19 +71,18 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 
 
 def rope_tables(frequencies: Tensor, scale: float, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, S, 1, C) of positions (B, S), float32, or float64 when `dtype` is."""
+    """cos and sin (B, S, 1, C/2) of positions (B, S), float32, or float64 when `dtype` is."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    angles = positions.to(wide)[..., None] * frequencies.to(wide)
-    angles = torch.cat((angles, angles), dim=-1)[:, :, None]
+    angles = (positions.to(wide)[..., None] * frequencies.to(wide))[:, :, None]
     return angles.cos() * scale, angles.sin() * scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x (B, S, heads, C) by the tables; computed in their dtype, returned in x's. Pairs are (i, i + C/2), as in Hugging Face's
     weights."""
-    wide = x.to(cos.dtype)
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    # Halves, and not x * cos + (-second, first) * sin: torch.compile writes what is concatenated, so here the result, there a tensor in between.
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat(((first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)), dim=-1)
 
 
 # -------------------------------------------------------------------------------------------------------------------- layout
@@ -96,11 +96,11 @@ class Layout:
     """
 
     cos: Tensor
-    """(B, S, 1, C)"""
+    """(B, S, 1, C/2)"""
     sin: Tensor
     backend: Backend
-    lengths: tuple[int, ...] | None = None
-    """`sdpa`: lengths of the documents in the flattened (B*S) tokens; None when each row is one document."""
+    runs: tuple[tuple[int, int], ...] | None = None
+    """`sdpa`: (how many, of which length) documents follow each other in the flattened (B*S) tokens; None when each row is one document."""
     bounds: Tensor | None = None
     """`flash`: (documents + 1,) int32, where each document starts in the flattened tokens."""
     longest: int = 0
@@ -135,13 +135,13 @@ def make_layout(
 ) -> Layout:
     """Layout of one batch.
 
-    cos, sin: (B, S, 1, C). document_ids: (B, S) int32 or None (one document per row). windows: those that the layers have. backend: null
+    cos, sin: (B, S, 1, C/2). document_ids: (B, S) int32 or None (one document per row). windows: those that the layers have. backend: null
     chooses. head_dim: the larger of keys' and values'; null: C, all of it rotated.
     """
-    B, S, _, C = cos.shape
+    B, S = cos.shape[:2]
     windows = {None if w is None or w >= S else w for w in windows}
     if backend is None:
-        backend = choose_backend(cos.device, dtype, head_dim or C, masked=document_ids is not None or windows != {None})
+        backend = choose_backend(cos.device, dtype, head_dim or 2 * cos.shape[-1], masked=document_ids is not None or windows != {None})
     if backend == "flex":
         return Layout(cos, sin, backend, block_masks={w: _block_mask(B, S, document_ids, w, cos.device) for w in windows})
     lengths: tuple[int, ...] | None = None
@@ -161,7 +161,8 @@ def make_layout(
     index = torch.arange(longest, device=cos.device)
     distance = index[:, None] - index
     bands = {w: (distance >= 0) & (distance < w) for w in windows if w is not None and w < longest}
-    return Layout(cos, sin, backend, lengths=lengths, bands=bands)
+    runs = None if lengths is None else tuple((len(list(run)), length) for length, run in itertools.groupby(lengths))
+    return Layout(cos, sin, backend, runs=runs, bands=bands)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None, scale: float | None = None) -> Tensor:
@@ -183,11 +184,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None, 
         call = _compiled("flex_attention") if q.is_cuda else _flex("flex_attention")
         out = call(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask, enable_gqa=True, scale=scale)
         return out.transpose(1, 2)
-    if layout.lengths is None:
+    if layout.runs is None:
         return _sdpa(q, k, v, layout, window, scale)
-    # `split` and not slices: its backward is one concatenation instead of one full-size zero tensor per document.
-    parts = zip(*(x.flatten(0, 1).split(layout.lengths) for x in (q, k, v)), strict=True)
-    return torch.cat([_sdpa(a[None], b[None], c[None], layout, window, scale)[0] for a, b, c in parts]).view(B, S, H, v.shape[-1])
+    # `split` and not slices: its backward is one concatenation instead of one full-size zero tensor per run.
+    sizes = [number * length for number, length in layout.runs]
+    parts = zip(layout.runs, *(x.flatten(0, 1).split(sizes) for x in (q, k, v)), strict=True)
+    outputs = [_sdpa(*(x.unflatten(0, run) for x in part), layout, window, scale).flatten(0, 1) for run, *part in parts]
+    return torch.cat(outputs).view(B, S, H, v.shape[-1])
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None, scale: float | None) -> Tensor:
@@ -279,7 +282,7 @@ def describe_backends() -> list[tuple[str, str]]:
     problem = _flash_problem()
     flash = problem or "used on CUDA with float16 and bfloat16"
     flex = "used on CUDA for packed documents and sliding windows" + ("" if problem else " in float32") if cuda else "needs a CUDA device"
-    sdpa = "used for everything else" if cuda else "used for everything; packed documents one at a time"
+    sdpa = "used for everything else" if cuda else "used for everything; packed documents apart"
     return [("flash-attn", flash), ("FlexAttention", flex), ("SDPA", sdpa)]
 
 
