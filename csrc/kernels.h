@@ -139,7 +139,7 @@ struct ExpertsArgs {
   const void* gate_up;    // (E, 2 F, D)
   const void* down;       // (E, D, F)
   const float* weights;   // (R,); not of the probe pass
-  const int32_t* tokens;  // (R,) sorted by expert
+  const int32_t* tokens;  // (R,) sorted by expert, then token
   const int32_t* counts;  // (E,) adding up to R at most; rows of later routes are neither read nor written
   const void* grad;       // (N, D): of out; backward and probe
   int64_t num_rows;       // N

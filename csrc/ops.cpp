@@ -488,6 +488,10 @@ struct Experts {
       fail(op, "counts", "counts >= 0 that add up to at most " + std::to_string(args.num_routes), "others");
     }
     num_padded = args.num_routes - total;
+    // Forward finds the routes of a range of tokens by bisection.
+    for (const int32_t *at = args.tokens, *count = args.counts; count < args.counts + args.num_experts; at += *count++) {
+      if (!std::is_sorted(at, at + *count)) fail(op, "tokens", "each expert's tokens in ascending order, as route gives them", "others");
+    }
   }
 
   void matrix(const char* op, const char* name, Tensor& tensor, std::initializer_list<int64_t> shape) {

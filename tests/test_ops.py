@@ -372,12 +372,12 @@ def test_experts_through_autograd(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_threads_do_not_change_a_bit_of_experts(dtype):
-    """One, two and three threads: other slices and groups of columns, the same sums."""
+    """One to sixteen threads: other slices of columns and tokens, other chunks and groups, the same sums."""
     needs_experts(dtype)
     arguments, grad = experts_case((900, 576, 80, 5, 0.7), dtype)
     before, results = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 16):
             torch.set_num_threads(threads)
             out, pre = ops.experts(*arguments)
             backward = ops.experts_backward(grad, *arguments[:4], pre, *arguments[4:])
@@ -417,6 +417,7 @@ def test_experts_refuse_wrong_arguments():
         ((rows, gate_up[:, :6], down, weights, tokens, counts), "experts: gate_up: expected shape (3, 8, 6), found (3, 6, 6)"),
         ((rows, gate_up, down, weights[1:], tokens, counts), "experts: weights: expected shape"),
         ((rows, gate_up, down, weights, tokens + 12, counts), "experts: tokens: expected indices in [0, 12)"),
+        ((rows, gate_up, down, weights, tokens.flip(0), counts), "experts: tokens: expected each expert's tokens in ascending order"),
         ((rows, gate_up, down, weights, tokens, counts + 1), f"experts: counts: expected counts >= 0 that add up to at most {len(tokens)}"),
         ((rows.double(), gate_up, down, weights, tokens, counts), "experts: rows: expected float32 or bfloat16"),
         ((rows.bfloat16(), gate_up, down, weights, tokens, counts), "experts: gate_up: expected bfloat16, found float32"),

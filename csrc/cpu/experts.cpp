@@ -20,7 +20,8 @@ namespace moetrain::cpu {
 namespace {
 
 constexpr int64_t kRows = 64;               // of a block's product
-constexpr int64_t kChunk = 1024;            // rows that share packed panels; more rows of an expert pack them again
+constexpr int64_t kLeastChunk = 512;        // rows that share packed panels; more rows of an expert pack them again
+constexpr int64_t kMostChunk = 1024;
 constexpr int64_t kAdded = 128;             // columns of sums that are added to at once
 constexpr int64_t kSliceColumns = 1024;     // of a sum over experts
 constexpr int64_t kPanelBytes = 512 << 10;  // of panels that every block of rows reads, and of operands read again and again: half a core's L2
@@ -30,15 +31,25 @@ constexpr int64_t kDepthStep = 16;
 
 // ---- tasks and scratch ----
 
+// Numbers that forward keeps for backward: what its scratch is measured by, which is there at the same time.
+int64_t kept_numbers(const ExpertsArgs& a) { return a.num_rows * a.dim + a.num_routes * 2 * a.expert_dim; }
+
+// Gathered, the rows of the chunks that are worked on are a tenth of what is kept, as far as a chunk can be as small.
+int64_t chunk_rows(const ExpertsArgs& a) {
+  const int64_t rows = kept_numbers(a) / 10 / std::max<int64_t>(1, a.dim * a.num_threads);
+  return std::clamp(rows / kRows * kRows, kLeastChunk, kMostChunk);
+}
+
 struct Chunk {
   int64_t expert, begin, end;  // routes
 };
 
 std::vector<Chunk> chunks_of(const ExpertsArgs& a) {
   std::vector<Chunk> chunks;
+  const int64_t most = chunk_rows(a);
   int64_t begin = 0;
   for (int64_t e = 0; e < a.num_experts; ++e) {
-    const int64_t end = begin + a.counts[e], pieces = (a.counts[e] + kChunk - 1) / kChunk;
+    const int64_t end = begin + a.counts[e], pieces = (a.counts[e] + most - 1) / most;
     for (int64_t left = pieces; left > 0; --left) {
       const int64_t size = std::min(end - begin, round_up((end - begin + left - 1) / left, kRows));
       chunks.push_back({e, begin, begin + size});
@@ -84,17 +95,53 @@ void for_tasks(const ExpertsArgs& a, int64_t num_tasks, const Body& body) {
   });
 }
 
-// Columns of a slice, in which one task adds up its rows: few passes over the routes, but a task for each thread. Forward, which is there for as
-// long as what it keeps, makes the halves of its sums beside the result (SplitSums) a tenth of that at most.
-int64_t slice_columns(const ExpertsArgs& a, bool forward) {
-  const int64_t share = round_up((a.dim + a.num_threads - 1) / a.num_threads, kColumns);
-  int64_t most = kSliceColumns;
-  if (forward && a.dtype == DType::bf16 && a.num_rows > 0) {
-    const int64_t kept = a.num_rows * a.dim + a.num_routes * 2 * a.expert_dim;
-    most = std::clamp(kept / 10 / (a.num_rows * a.num_threads) / kColumns * kColumns, kColumns, kSliceColumns);
+// What one task adds up: so many columns of so many tokens of the (N, D) sums over experts.
+struct Slice {
+  int64_t columns, tokens;
+};
+
+int64_t pieces(int64_t size, int64_t piece) { return size == 0 ? 0 : (size + piece - 1) / piece; }
+
+// The fewest slices of all tokens, one for each thread at least, of `most` columns at most, equally wide.
+int64_t slice_columns(int64_t dim, int64_t threads, int64_t most) {
+  const int64_t share = round_up(pieces(dim, threads), kColumns);
+  return round_up(pieces(share, pieces(share, most)), kColumns);
+}
+
+// Of forward in bfloat16, which is there for as long as what it keeps: the halves of its sums beside the result (SplitSums) are a tenth of that at
+// most, whatever the number of threads. Few tokens and many columns, or many and few? All columns of a token want its routes' operands made once
+// more, all tokens of a column its experts' panels packed once more; a route's column of operands costs as much as 3 of a panel and as 100 of its
+// products (measured, with AVX512-BF16). An expert has a block of rows in each part of the tokens.
+Slice forward_slice(const ExpertsArgs& a) {
+  const int64_t kept = kept_numbers(a);
+  const int64_t most_parts = std::max<int64_t>(1, a.num_routes / (std::max<int64_t>(1, a.num_experts) * kRows));
+  Slice best{};
+  double best_cost = 0;
+  for (int64_t parts = 1; parts <= most_parts; ++parts) {
+    const int64_t tokens = pieces(a.num_rows, parts), most = kept / 10 / (tokens * a.num_threads) / kColumns * kColumns;
+    const int64_t columns = slice_columns(a.dim, pieces(a.num_threads, parts), std::clamp(most, kColumns, kSliceColumns));
+    const int64_t across = pieces(a.dim, columns), tasks = across * parts;
+    const double routes = a.num_routes, dim = a.dim;
+    const double work = routes * dim / 32 + 3 * across * routes + parts * a.num_experts * dim;
+    const double memory = 10.0 * tokens * columns * a.num_threads / kept;  // over 1 where the narrowest slices are too many at once
+    const double cost = work / tasks * pieces(tasks, a.num_threads) * std::max(1.0, memory);
+    if (parts == 1 || cost < best_cost) best = {columns, tokens}, best_cost = cost;
   }
-  const int64_t slices = (share + most - 1) / std::max<int64_t>(1, most);
-  return slices == 0 ? share : round_up((share + slices - 1) / slices, kColumns);
+  return best;
+}
+
+Slice slice_of(const ExpertsArgs& a, bool forward) {
+  if (forward && a.dtype == DType::bf16 && a.num_rows > 0 && a.dim > 0) return forward_slice(a);
+  return {slice_columns(a.dim, a.num_threads, kSliceColumns), a.num_rows};
+}
+
+// body(first column, first token, scratch of the thread) for each slice.
+template <class Body>
+void for_slices(const ExpertsArgs& a, const Slice& slice, const Body& body) {
+  const int64_t across = pieces(a.dim, slice.columns);
+  for_tasks(a, across * pieces(a.num_rows, slice.tokens), [&](int64_t task, char* memory) {
+    body(task % across * slice.columns, task / across * slice.tokens, memory);
+  });
 }
 
 // How many of `columns` columns, in whole panels, have panels of `bytes` each that stay in cache together.
@@ -109,7 +156,7 @@ struct ChunkRows {
   int64_t ld, step;
 
   static int64_t size(const ExpertsArgs& a, bool once) {
-    return (once ? kRows : std::min(kChunk, round_up(most_rows(a), kRowStep))) * even<T>(a.dim);
+    return (once ? kRows : std::min(chunk_rows(a), round_up(most_rows(a), kRowStep))) * even<T>(a.dim);
   }
   ChunkRows(Scratch& s, const ExpertsArgs& a, bool once) : memory(s.take<T>(size(a, once))), ld(even<T>(a.dim)), step(once ? 0 : ld) {}
 
@@ -143,11 +190,11 @@ template <class T>
 struct SumScratch {
   float *sums, *c;  // of a bfloat16 result: the sums, or room for their lower halves
   T *left, *panels;
-  SumScratch(Scratch& s, const ExpertsArgs& a, int64_t columns, bool forward)
-      : sums(s.take<float>(sizeof(T) == 4 ? 0 : a.num_rows * columns / (forward ? 2 : 1))),
+  SumScratch(Scratch& s, const ExpertsArgs& a, const Slice& slice, bool forward)
+      : sums(s.take<float>(sizeof(T) == 4 ? 0 : slice.tokens * slice.columns / (forward ? 2 : 1))),
         c(s.take<float>(kRows * kAdded)),
-        left(s.take<T>(kRows * even<T>(a.expert_dim))),
-        panels(s.take<T>(even<T>(2 * a.expert_dim) * columns)) {}
+        left(s.take<T>(forward ? kRows * even<T>(a.expert_dim) : 0)),
+        panels(s.take<T>((forward ? even<T>(a.expert_dim) : sizeof(T) == 4 ? 0 : even<T>(2 * a.expert_dim)) * slice.columns)) {}
 };
 
 // Columns of D whose weight gradients are one task: all of them for one thread, since a task prepares its expert's other operand.
@@ -241,17 +288,20 @@ Panels<bfloat16> rows_panels(const bfloat16* w, int64_t ldw, int64_t K, int64_t 
   return {panels, kColumns, even<bfloat16>(K) * kColumns};
 }
 
-// Columns d0 .. d0 + width of sum over the routes of t of left[route] @ B(expert). operand (R, row_bytes): what left(begin, rows, memory) makes rows
+// Columns d0 .. d0 + width of the sums of tokens sums.first .. + num_tokens, over the routes of t, of left[route] @ B(expert). operand (R, row_bytes): what left(begin, rows, memory) makes rows
 // (.., K) of A from, from route `begin` on; pack(expert, d, n, panels) makes the panels of B's columns d .. d + n.
 template <class T, class S, class Left, class Pack>
 void add_products(
-    const ExpertsArgs& a, const SumScratch<T>& s, int64_t d0, int64_t width, int64_t K, const S& sums, const void* operand, int64_t row_bytes,
-    const Left& left, const Pack& pack) {
-  clear(sums, a.num_rows, width);
+    const ExpertsArgs& a, const SumScratch<T>& s, int64_t d0, int64_t width, int64_t K, const S& sums, int64_t num_tokens, const void* operand,
+    int64_t row_bytes, const Left& left, const Pack& pack) {
+  clear(sums, num_tokens, width);
   const int64_t part = round_up(kRows * row_bytes * kColumns / round_up(width, kColumns), 64);
-  int64_t begin = 0;
-  for (int64_t e = 0; e < a.num_experts; ++e) {
-    const int64_t end = begin + a.counts[e];
+  int64_t of_expert = 0;
+  for (int64_t e = 0; e < a.num_experts; of_expert += a.counts[e++]) {
+    // An expert's tokens ascend.
+    const int32_t *tokens = a.tokens + of_expert, *stop = tokens + a.counts[e];
+    int64_t begin = std::lower_bound(tokens, stop, sums.first) - a.tokens;
+    const int64_t end = std::lower_bound(tokens, stop, sums.first + num_tokens) - a.tokens;
     if (begin == end) continue;
     const Panels<T> B = pack(e, d0, width, s.panels);
     for (; begin < end; begin += kRows) {
@@ -268,34 +318,35 @@ void add_products(
         if (d + n == std::min(width, first + kAdded)) add_rows(s.c, kAdded, rows, d + n - first, a.tokens + begin, sums, first);
       }
     }
-    begin = end;
   }
 }
 
-// The same into columns of `out` (N, D). forward: with less memory beside it.
+// The same for a slice of `out` (N, D), from column d0 and token t0 on. forward: with less memory beside it.
 template <class Left, class Pack>
 void add_slice(
-    const ExpertsArgs& a, int64_t d0, int64_t columns, int64_t K, float* out, bool forward, char* memory, const void* operand, int64_t row_bytes,
-    const Left& left, const Pack& pack) {
+    const ExpertsArgs& a, const Slice& slice, int64_t d0, int64_t t0, int64_t K, float* out, bool forward, char* memory, const void* operand,
+    int64_t row_bytes, const Left& left, const Pack& pack) {
   Scratch scratch(memory);
-  const SumScratch<float> s(scratch, a, columns, forward);
-  add_products(a, s, d0, std::min(columns, a.dim - d0), K, Sums{out + d0, a.dim}, operand, row_bytes, left, pack);
+  const SumScratch<float> s(scratch, a, slice, forward);
+  const int64_t width = std::min(slice.columns, a.dim - d0), num_tokens = std::min(slice.tokens, a.num_rows - t0);
+  add_products(a, s, d0, width, K, Sums{out + t0 * a.dim + d0, a.dim, t0}, num_tokens, operand, row_bytes, left, pack);
 }
 
 template <class Left, class Pack>
 void add_slice(
-    const ExpertsArgs& a, int64_t d0, int64_t columns, int64_t K, bfloat16* out, bool forward, char* memory, const void* operand,
+    const ExpertsArgs& a, const Slice& slice, int64_t d0, int64_t t0, int64_t K, bfloat16* out, bool forward, char* memory, const void* operand,
     int64_t row_bytes, const Left& left, const Pack& pack) {
   Scratch scratch(memory);
-  const SumScratch<bfloat16> s(scratch, a, columns, forward);
-  const int64_t width = std::min(columns, a.dim - d0);
+  const SumScratch<bfloat16> s(scratch, a, slice, forward);
+  const int64_t width = std::min(slice.columns, a.dim - d0), num_tokens = std::min(slice.tokens, a.num_rows - t0);
+  bfloat16* result = out + t0 * a.dim + d0;
   if (forward) {
-    const SplitSums sums{out + d0, a.dim, reinterpret_cast<uint16_t*>(s.sums), columns};
-    add_products(a, s, d0, width, K, sums, operand, row_bytes, left, pack);
-    round_sums(sums, a.num_rows, width);
+    const SplitSums sums{result, a.dim, reinterpret_cast<uint16_t*>(s.sums), slice.columns, t0};
+    add_products(a, s, d0, width, K, sums, num_tokens, operand, row_bytes, left, pack);
+    round_sums(sums, num_tokens, width);
   } else {
-    add_products(a, s, d0, width, K, Sums{s.sums, columns}, operand, row_bytes, left, pack);
-    store_end(s.sums, columns, a.num_rows, width, out + d0, a.dim);
+    add_products(a, s, d0, width, K, Sums{s.sums, slice.columns, t0}, num_tokens, operand, row_bytes, left, pack);
+    store_end(s.sums, slice.columns, num_tokens, width, result, a.dim);
   }
 }
 
@@ -309,15 +360,15 @@ void forward(const ExpertsArgs& a) {
     activation(static_cast<const T*>(a.pre) + begin * 2 * F, rows, F, a.weights + begin, out, Fp);
     return static_cast<const T*>(out);
   };
-  const int64_t columns = slice_columns(a, true);
-  for_tasks(a, (a.dim + columns - 1) / std::max<int64_t>(1, columns), [&](int64_t slice, char* memory) {
+  const Slice slice = slice_of(a, true);
+  for_slices(a, slice, [&](int64_t d0, int64_t t0, char* memory) {
     const auto pack = [&](int64_t e, int64_t d, int64_t n, T* panels) {
       for (int64_t j = 0; j < n; j += kColumns) {
         pack_transposed(down + (e * a.dim + d + j) * F, F, F, std::min(kColumns, n - j), panels + j * Fp, kColumns);
       }
       return Panels<T>{panels, kColumns, Fp * kColumns};
     };
-    add_slice(a, slice * columns, columns, Fp, static_cast<T*>(a.out), true, memory, a.pre, 2 * F * sizeof(T), left, pack);
+    add_slice(a, slice, d0, t0, Fp, static_cast<T*>(a.out), true, memory, a.pre, 2 * F * sizeof(T), left, pack);
   });
 }
 
@@ -433,12 +484,12 @@ void backward(const ExpertsArgs& a) {
     const int64_t K = 2 * a.expert_dim;
     const T* gate_up = static_cast<const T*>(a.gate_up);
     const auto left = [&](int64_t begin, int64_t, T*) { return static_cast<const T*>(a.grad_pre) + begin * K; };
-    const int64_t columns = slice_columns(a, false);
-    for_tasks(a, (a.dim + columns - 1) / std::max<int64_t>(1, columns), [&](int64_t slice, char* memory) {
+    const Slice slice = slice_of(a, false);
+    for_slices(a, slice, [&](int64_t d0, int64_t t0, char* memory) {
       const auto pack = [&](int64_t e, int64_t d, int64_t n, T* panels) {
         return rows_panels(gate_up + e * K * a.dim + d, a.dim, K, n, panels);
       };
-      add_slice(a, slice * columns, columns, K, static_cast<T*>(a.grad_rows), false, memory, a.grad_pre, K * sizeof(T), left, pack);
+      add_slice(a, slice, d0, t0, K, static_cast<T*>(a.grad_rows), false, memory, a.grad_pre, K * sizeof(T), left, pack);
     });
   }
 }
@@ -486,7 +537,7 @@ int64_t scratch_bytes(const ExpertsArgs& a, ExpertsPass pass) {
   } else {
     UpScratch<T>(up, a, pass == ExpertsPass::forward ? 2 : 1);
     const bool forward = pass == ExpertsPass::forward;
-    SumScratch<T>(sum, a, slice_columns(a, forward), forward);
+    SumScratch<T>(sum, a, slice_of(a, forward), forward);
   }
   if (pass == ExpertsPass::backward) WeightScratch<T>(weight, a);
   return std::max({up.used(), sum.used(), weight.used()});

@@ -153,16 +153,16 @@ void clear(const SplitSums& sums, int64_t rows, int64_t n) {
 }
 
 void prefetch(const Sums& sums, int64_t row, int64_t j, int64_t n) {
-  for (const float *at = sums.data + row * sums.ld + j, *end = at + n; at < end; at += 16) __builtin_prefetch(at, 1, 2);
+  for (const float *at = sums.data + (row - sums.first) * sums.ld + j, *end = at + n; at < end; at += 16) __builtin_prefetch(at, 1, 2);
 }
 void prefetch(const SplitSums& sums, int64_t row, int64_t j, int64_t n) {
-  for (const bfloat16 *at = sums.high + row * sums.ld + j, *end = at + n; at < end; at += 32) __builtin_prefetch(at, 1, 2);
-  for (const uint16_t *at = sums.low + row * sums.ld_low + j, *end = at + n; at < end; at += 32) __builtin_prefetch(at, 1, 2);
+  for (const bfloat16 *at = sums.high + (row - sums.first) * sums.ld + j, *end = at + n; at < end; at += 32) __builtin_prefetch(at, 1, 2);
+  for (const uint16_t *at = sums.low + (row - sums.first) * sums.ld_low + j, *end = at + n; at < end; at += 32) __builtin_prefetch(at, 1, 2);
 }
 
 MOETRAIN_MULTIVERSION void add_rows(const float* c, int64_t ldc, int64_t rows, int64_t n, const int32_t* tokens, const Sums& sums, int64_t j0) {
   for (int64_t r = 0; r < rows; ++r) {
-    float* sum = sums.data + tokens[r] * sums.ld + j0;
+    float* sum = sums.data + (tokens[r] - sums.first) * sums.ld + j0;
     const float* row = c + r * ldc;
     MOETRAIN_INDEPENDENT
     for (int64_t j = 0; j < n; ++j) sum[j] += row[j];
@@ -171,8 +171,8 @@ MOETRAIN_MULTIVERSION void add_rows(const float* c, int64_t ldc, int64_t rows, i
 
 MOETRAIN_MULTIVERSION void add_rows(const float* c, int64_t ldc, int64_t rows, int64_t n, const int32_t* tokens, const SplitSums& sums, int64_t j0) {
   for (int64_t r = 0; r < rows; ++r) {
-    bfloat16* high = sums.high + tokens[r] * sums.ld + j0;
-    uint16_t* low = sums.low + tokens[r] * sums.ld_low + j0;
+    bfloat16* high = sums.high + (tokens[r] - sums.first) * sums.ld + j0;
+    uint16_t* low = sums.low + (tokens[r] - sums.first) * sums.ld_low + j0;
     const float* row = c + r * ldc;
     MOETRAIN_INDEPENDENT
     for (int64_t j = 0; j < n; ++j) {

@@ -37,10 +37,11 @@ void store_end(const float* c, int64_t ldc, int64_t rows, int64_t n, bfloat16* o
 void stream_end(const float* c, int64_t ldc, int64_t rows, int64_t n, float* out, int64_t ldo);
 void stream_end(const float* c, int64_t ldc, int64_t rows, int64_t n, bfloat16* out, int64_t ldo);
 
-// Sums of rows in float32.
+// Sums of rows in float32: row t lies at data + (t - first) * ld.
 struct Sums {
   float* data;
   int64_t ld;
+  int64_t first;
 };
 
 // The same in half the memory beside a bfloat16 result: this holds the upper half of each sum, which is a float32 cut off, and `low` the other.
@@ -49,8 +50,10 @@ struct SplitSums {
   int64_t ld;
   uint16_t* low;
   int64_t ld_low;
+  int64_t first;
 };
 
+// The first `rows` rows of them.
 void clear(const Sums& sums, int64_t rows, int64_t n);
 void clear(const SplitSums& sums, int64_t rows, int64_t n);
 
@@ -62,7 +65,7 @@ void prefetch(const SplitSums& sums, int64_t row, int64_t j, int64_t n);
 void add_rows(const float* c, int64_t ldc, int64_t rows, int64_t n, const int32_t* tokens, const Sums& sums, int64_t j0);
 void add_rows(const float* c, int64_t ldc, int64_t rows, int64_t n, const int32_t* tokens, const SplitSums& sums, int64_t j0);
 
-// The halves are no longer needed: rounds the result.
+// The halves of the first `rows` rows are no longer needed: rounds the result.
 void round_sums(const SplitSums& sums, int64_t rows, int64_t n);
 
 }  // namespace moetrain::cpu
