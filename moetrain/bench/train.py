@@ -7,10 +7,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.autograd.profiler_util import EventList
+from torch.autograd.profiler_util import EventList, FunctionEvent
 from torch.profiler import DeviceType
 
 from moetrain.bench.measure import Table
@@ -30,8 +31,12 @@ dispatcher's functions and FSDP's hooks have the wait for other ranks as time of
 
 
 REST = "other operators"
+EXCHANGES = ("nccl", "push_rows", "pull_rows", "barrier")
+"""What names of kernels that exchange something between GPUs have in them."""
 WAIT = "c10d::wait"
 """What `account` calls the time in which the step's thread waited for a collective."""
+HIDDEN = "communication beside these"
+"""Of the collectives, what ran while something else was computed."""
 STEP = "moetrain::step"
 """The event that the profiled step is in. What it has as time of its own was spent in no operator."""
 
@@ -42,35 +47,69 @@ def kind_of(operator: str) -> str:
     return next((kind for kind, starts in KINDS.items() if operator.startswith(starts)), REST)
 
 
-def account(events: EventList, on_device: bool) -> tuple[Counter[str], float, float]:
-    """Where the time of the event STEP went, in microseconds: each operator's own, that outside any operator, and the whole.
+@dataclass(frozen=True)
+class Account:
+    """Where the time of the event STEP went, in microseconds. own: each operator's. outside: in none. hidden: of collectives, while something else
+    was computed. whole: the step's."""
 
-    on_device: False: time of the thread that runs the step, backward included, as it is on the CPU. The parts add up to the whole. A thread that
-    waits for another one's collective is in no operator; that is WAIT's. True: time of the device's kernels, each of the operator that launched it;
-    outside is the time in which none ran. Streams side by side make the parts more than the whole.
+    own: Counter[str]
+    outside: float
+    hidden: float
+    whole: float
+
+
+def account(events: EventList, on_device: bool) -> Account:
+    """on_device: False: time of the thread that runs the step, backward included, as it is on the CPU. Operators and outside add up to the whole,
+    and hidden is beside them. A thread that waits for another one's collective is in no operator; that is WAIT's. True: time of the device's
+    kernels, each of the operator that launched it, hidden communication included; outside is the time in which none ran.
     """
     step = next(e for e in events if e.name == STEP and e.device_type == DeviceType.CPU)
     whole: Span = (step.time_range.start, step.time_range.end)
     own: Counter[str] = Counter()
     if on_device:
-        kernels = []
+        kernels, collectives = [], []
         for event in events:
             if event.device_type == DeviceType.CPU:
                 # A named range has a shadow of its name on the device, which is no kernel.
                 own[event.name] += sum(k.duration for k in event.kernels if k.name != event.name)
             elif not event.is_user_annotation:
-                kernels.append((event.time_range.start, event.time_range.end))
-        return own, _length(_gaps(whole, kernels)), whole[1] - whole[0]
-    collectives = []
+                (collectives if any(word in event.name for word in EXCHANGES) else kernels).append(_span(event))
+        return Account(own, _length(_gaps(whole, kernels + collectives)), _shared(collectives, kernels), whole[1] - whole[0])
+    collectives, communicating = [], []
     for event in events:
-        if event.is_async and kind_of(event.name) == "communication":
-            collectives.append((event.time_range.start, event.time_range.end))
+        communicates = kind_of(event.name) == "communication"
+        if event.is_async and communicates:
+            collectives.append(_span(event))
         elif event.thread == step.thread and event is not step:
             own[event.name] += event.self_cpu_time_total
-    outside = _gaps(whole, ((e.time_range.start, e.time_range.end) for e in step.cpu_children))
-    idle = sum(_length(_gaps(gap, collectives)) for gap in outside)
-    own[WAIT] = _length(outside) - idle
-    return own, idle, whole[1] - whole[0]
+            if communicates:
+                communicating.append(_span(event))
+    gaps = _gaps(whole, map(_span, step.cpu_children))
+    waited = _shared(gaps, collectives)
+    own[WAIT] = waited
+    in_step = [(max(a, whole[0]), min(b, whole[1])) for a, b in collectives if b > whole[0] and a < whole[1]]
+    hidden = _length(_merged(in_step)) - _shared(in_step, gaps + communicating)
+    return Account(own, _length(gaps) - waited, hidden, whole[1] - whole[0])
+
+
+def _span(event: FunctionEvent) -> Span:
+    return event.time_range.start, event.time_range.end
+
+
+def _merged(spans: Iterable[Span]) -> list[Span]:
+    """The same time without overlaps, in order."""
+    merged: list[Span] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _shared(spans: Iterable[Span], others: list[Span]) -> float:
+    """For how long both have something."""
+    return sum(end - start - _length(_gaps((start, end), others)) for start, end in _merged(spans))
 
 
 def _gaps(whole: Span, parts: Iterable[Span]) -> list[Span]:
@@ -133,17 +172,19 @@ def _measure(trainer: Trainer, rounds: int) -> list[Table]:
         spent = statistics.median(p[name] for p in parts)
         first.rows.append({"part": name, "ms": spent * 1e3, "of the step": spent / step})
     on_device = trainer.device.type == "cuda"
-    own, outside, total = account(profile.events(), on_device)
+    found = account(profile.events(), on_device)
     second = Table(
-        f"One more step, {total / 1e3:,.0f} ms, by kind of operator: own time (the profiler makes small operators look larger than they are)",
+        f"One more step, {found.whole / 1e3:,.0f} ms, by kind of operator: own time (the profiler makes small operators look larger than they are)",
         ["kind", "ms", "share"],
     )
     by_kind: Counter[str] = Counter()
-    for name, spent in own.items():
+    for name, spent in found.own.items():
         by_kind[kind_of(name)] += spent
-    by_kind[left := "device idle" if on_device else "outside operators"] = outside
-    second.rows = [{"kind": kind, "ms": by_kind[kind] / 1e3, "share": by_kind[kind] / total} for kind in (*KINDS, REST, left)]
+    by_kind["communication"] -= found.hidden if on_device else 0
+    by_kind[HIDDEN] = found.hidden
+    by_kind[left := "device idle" if on_device else "outside operators"] = found.outside
+    second.rows = [{"kind": kind, "ms": by_kind[kind] / 1e3, "share": by_kind[kind] / found.whole} for kind in (*KINDS, REST, left, HIDDEN)]
     third = Table(f"The largest of the {REST}", ["operator", "ms", "share"])
-    rest = [(name, spent) for name, spent in own.most_common() if kind_of(name) == REST][:12]
-    third.rows = [{"operator": name[:60], "ms": spent / 1e3, "share": spent / total} for name, spent in rest]
+    rest = [(name, spent) for name, spent in found.own.most_common() if kind_of(name) == REST][:12]
+    third.rows = [{"operator": name[:60], "ms": spent / 1e3, "share": spent / found.whole} for name, spent in rest]
     return [first, second, third]

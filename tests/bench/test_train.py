@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch.profiler import DeviceType
 
-from moetrain.bench.train import KINDS, REST, STEP, WAIT, account, kind_of
+from moetrain.bench.train import HIDDEN, KINDS, REST, STEP, WAIT, account, kind_of
 from moetrain.cli import main
 from moetrain.config import to_yaml
 from moetrain.moe import dispatch
@@ -26,7 +26,8 @@ def test_a_config(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "--train.lr", "1e-4", "--json", str(tmp_path / "t.json")]) == 0
     first, second, third = (t["rows"] for t in json.loads((tmp_path / "t.json").read_text())["tables"])
     assert [r["part"] for r in first] == ["data", "forward, backward, gradient norm", "optimizer, records", "step"]
-    assert [r["kind"] for r in second] == [*KINDS, REST, "outside operators"] and abs(sum(r["share"] for r in second) - 1) < 1e-6
+    assert [r["kind"] for r in second] == [*KINDS, REST, "outside operators", HIDDEN]
+    assert abs(sum(r["share"] for r in second[:-1]) - 1) < 1e-6 and second[-1]["ms"] == 0
     assert all(second[i]["ms"] > 0 for i in (0, 1, 3, 4)) and third and all(r["operator"] != STEP for r in third)
     assert not Path(config.run_dir).exists()
     capfd.readouterr()
@@ -52,29 +53,38 @@ def event(name: str, start: float, end: float, own: float = 0, *, thread: int = 
 
 def test_time_of_the_host() -> None:
     """The step is [100, 200]. Its thread has operators in [105, 130] and [150, 180], and waits for a collective from 140 on; another thread's
-    operators don't count, nor a collective where the thread was not waiting."""
+    operators don't count, and a collective where the thread was not waiting is hidden."""
     first, inner, second = event("aten::linear", 105, 130, 5), event("aten::mm", 110, 130, 20), event("aten::add", 150, 180, 30)
     step = event(STEP, 100, 200, 45, cpu_children=[first, second])
     others = [
         event("gloo:all_reduce", 135, 145, is_async=True), event("gloo:all_reduce", 140, 155, is_async=True),
         event("gloo:all_gather", 160, 170, is_async=True), event("aten::copy_", 135, 150, 15, thread=2),
     ]  # fmt: skip
-    own, outside, whole = account([step, first, inner, second, *others], on_device=False)  # type: ignore[arg-type]
-    assert {k: v for k, v in own.items() if v} == {"aten::linear": 5, "aten::mm": 20, "aten::add": 30, WAIT: 15}
-    assert (outside, whole) == (30, 100) and sum(own.values()) + outside == whole
+    found = account([step, first, inner, second, *others], on_device=False)  # type: ignore[arg-type]
+    assert {k: v for k, v in found.own.items() if v} == {"aten::linear": 5, "aten::mm": 20, "aten::add": 30, WAIT: 15}
+    # Hidden: [150, 155] and [160, 170].
+    assert (found.outside, found.hidden, found.whole) == (30, 15, 100) and sum(found.own.values()) + found.outside == found.whole
+
+
+def test_waiting_in_an_operator_is_not_hidden() -> None:
+    """A collective from 110 to 190, over an operator that waits for it, [120, 150], one that computes, [150, 170], and nothing."""
+    waiting, second = event("c10d::allreduce_", 120, 150, 30), event("aten::add", 150, 170, 20)
+    step = event(STEP, 100, 200, 50, cpu_children=[waiting, second])
+    found = account([step, waiting, second, event("gloo:all_reduce", 110, 190, is_async=True)], on_device=False)  # type: ignore[arg-type]
+    assert found.hidden == 20 and found.own[WAIT] == 30 and found.outside == 20
 
 
 def test_time_of_the_device() -> None:
     """A kernel counts once, for the operator that launched it, also from another thread; the device is idle where no kernel runs, and a named range
     is no kernel."""
     kernel = {"thread": 7, "device": DeviceType.CUDA}
-    kernels = [event("gemm", 110, 150, **kernel), event("all_gather", 140, 160, **kernel), event("relu", 165, 170, **kernel)]
+    kernels = [event("gemm", 110, 150, **kernel), event("ncclDevKernel_AllGather", 140, 160, **kernel), event("relu", 165, 170, **kernel)]
     shadow = event("FSDP::forward", 100, 190, **kernel, is_user_annotation=True)
     named = event("FSDP::forward", 100, 102, 2, kernels=[SimpleNamespace(name="FSDP::forward", duration=90)])
     launched = [
         event(name, 100, 101, 1, thread=thread, kernels=[SimpleNamespace(name=k.name, duration=k.time_range.end - k.time_range.start)])
         for name, thread, k in zip(("aten::mm", "c10d::allgather_", "aten::relu"), (1, 1, 2), kernels, strict=True)
     ]
-    own, idle, whole = account([event(STEP, 100, 200), named, shadow, *launched, *kernels], on_device=True)  # type: ignore[arg-type]
-    assert {k: v for k, v in own.items() if v} == {"aten::mm": 40, "c10d::allgather_": 20, "aten::relu": 5}
-    assert (idle, whole) == (45, 100)
+    found = account([event(STEP, 100, 200), named, shadow, *launched, *kernels], on_device=True)  # type: ignore[arg-type]
+    assert {k: v for k, v in found.own.items() if v} == {"aten::mm": 40, "c10d::allgather_": 20, "aten::relu": 5}
+    assert (found.outside, found.hidden, found.whole) == (45, 10, 100)
