@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = {
     "wandb", "transformers", "zstandard", "pyarrow", "matplotlib", "deepspeed", "megatron", "flash_attn", "tensorboard", "lm_eval", "triton",
-    "scipy", "pandas", "sonicmoe", "scattermoe", "datasets", "accelerate",
+    "scipy", "pandas", "sonicmoe", "scattermoe", "megablocks", "tutel", "datasets", "accelerate",
 }  # fmt: skip
 REQUIRED = {"torch", "numpy", "yaml", "pydantic", "pydantic_core", "safetensors", "tokenizers", "rich"}
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from moetrain import ops
 from moetrain.bench import measure
 from moetrain.bench.measure import Table
-from moetrain.bench.rivals import Problem, Shape, make
+from moetrain.bench.problem import Problem, Shape, make
 from moetrain.config import ConfigError
 from moetrain.moe.dispatch import AllToAllDispatcher
 from moetrain.moe.exchange import Collective, exchange

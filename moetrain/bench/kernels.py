@@ -10,7 +10,7 @@ import torch
 from moetrain import ops
 from moetrain.bench import measure
 from moetrain.bench.measure import Table
-from moetrain.bench.rivals import Problem, Shape, make
+from moetrain.bench.problem import Problem, Shape, make
 
 _COLUMNS = ["shape T,D,F,E,k", "dtype", "operator", "ms", "GB/s", "of copy", "GFLOP/s", "of GEMM peak"]
 

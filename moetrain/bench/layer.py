@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from moetrain.bench import measure
+from moetrain.bench.contestants import Contestant, Unavailable, dense, loop, ours
 from moetrain.bench.measure import Table
-from moetrain.bench.rivals import RIVALS, Contestant, Problem, Shape, Unavailable, dense, loop, make, ours
+from moetrain.bench.problem import Problem, Shape, make
+from moetrain.bench.rivals import RIVALS
 from moetrain.config import ConfigError
 
 SHAPES = {
@@ -107,9 +109,9 @@ def _row(problem: Problem, routing: str, rounds: int, rivals: bool, peak: float,
     work = {name: 18 * shape.hidden * shape.expert_dim * routes for name in contestants}
     work[DENSE] = 18 * shape.hidden * width * shape.tokens
     for name, contestant in contestants.items():
-        if shape.variable and name not in (DENSE, OURS, LOOP):
+        if contestant.fixed_k:
             work[name] = 18 * shape.hidden * shape.expert_dim * shape.tokens * shape.k
-            missing.setdefault(name, set()).add(contestant.note)
+            missing.setdefault(name, set()).add(f"{shape.k} routes for every token" + (" where its router decides" if routing == "router" else ""))
     timings = measure.interleave({n: c.step for n, c in contestants.items()}, DENSE, rounds, measure.clock_of(problem.x.device))
     bound = bound_bytes(problem, routes)
     rows = []

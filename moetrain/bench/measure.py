@@ -220,7 +220,7 @@ def machine() -> dict[str, Any]:
         found = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         name = f"{found[0]}, {len(found)} CPUs" if found else name
     packages = {}
-    for package in ("torch", "transformers", "deepspeed", "megatron-core", "scattermoe", "sonic-moe"):
+    for package in ("torch", "transformers", "deepspeed", "megatron-core", "megablocks", "scattermoe", "sonic-moe", "tutel"):
         try:
             packages[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

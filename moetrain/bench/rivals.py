@@ -1,7 +1,7 @@
-"""The sparse layers that `moetrain bench` compares: ours, the dense limit, and whatever else is installed.
+"""The sparse layers of other packages that `moetrain bench` compares with ours.
 
-Every contestant gets the same input, output gradient, weights and, with forced routing, the same routes, and runs forward and backward
-including every weight's gradient. Letters: T tokens, D model dim, F expert dim, E experts, k routes per token.
+Every one gets the same input, output gradient, weights and, with forced routing, the same routes, and runs forward and backward including
+every weight's gradient. Letters as in problem.py.
 """
 
 from __future__ import annotations
@@ -9,196 +9,46 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-from moetrain import ops
-from moetrain.bench.measure import Step
-from moetrain.config import ModelConfig, MoEConfig, SigmoidSteRouter, TopKRouter
+from moetrain.bench.contestants import Contestant, Unavailable, contestant, ours
+from moetrain.bench.measure import name_of
+from moetrain.bench.problem import Problem
 from moetrain.moe import sonic
-from moetrain.moe.dispatch import LocalDispatcher
-from moetrain.moe.experts import Backend, GroupedExperts
-from moetrain.moe.layer import MoELayer
-from moetrain.moe.routing import Decision, Routing, TokenContext
 
 
-class Unavailable(Exception):
-    """Why a contestant can't run here, in a few words."""
+def _need(*modules: str) -> None:
+    """A package, then what else it needs; asking for a part of a package imports the package, so the whole comes first."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise Unavailable("not installed" if module == modules[0] else f"lacks {module}")
 
 
-@dataclass(frozen=True)
-class Shape:
-    """variable: k is a mean, each (token, expert) pair is a route with probability k / E; else every token has k routes."""
-
-    tokens: int
-    hidden: int
-    expert_dim: int
-    experts: int
-    k: int
-    variable: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.tokens},{self.hidden},{self.expert_dim},{self.experts},{'~' if self.variable else ''}{self.k}"
+def _gpu_only(problem: Problem, *dtypes: torch.dtype) -> None:
+    """dtypes: those of its kernels, if not all."""
+    if problem.x.device.type != "cuda":
+        raise Unavailable("runs on GPUs only")
+    if dtypes and problem.x.dtype not in dtypes:
+        raise Unavailable(f"knows only {', '.join(name_of(dtype) for dtype in dtypes)}")
 
 
-@dataclass(frozen=True)
-class Problem:
-    """x, grad: (T, D). gate_up: (E, 2F, D). down: (E, D, F). router: (E, D).
-
-    active: (T, E) bool, the forced routes, or None where the contestant's router decides. chosen: (T, k) int64, k forced routes per token for
-    layers that know no other; as many as `active` has on average, by the same shares. weights: (T, E) float32, 1 / k on every route.
-    """
-
-    shape: Shape
-    x: Tensor
-    grad: Tensor
-    gate_up: Tensor
-    down: Tensor
-    router: Tensor
-    active: Tensor | None
-    chosen: Tensor | None
-    weights: Tensor | None
-
-    def leaf(self, tensor: Tensor) -> nn.Parameter:
-        return nn.Parameter(tensor.clone())
-
-
-def make(shape: Shape, dtype: torch.dtype, routing: str, seed: int = 0, device: torch.device | None = None) -> Problem:
-    """routing: `router` (each contestant's own router decides), `balanced` (all experts alike) or `skew` (half of the experts get 8 times as
-    many routes as the others). The numbers are the same on every device (None: the CPU)."""
-    generator = torch.Generator().manual_seed(seed)
-    T, D, F, E, k = shape.tokens, shape.hidden, shape.expert_dim, shape.experts, shape.k
-
-    def normal(*sizes: int, std: float = 1.0) -> Tensor:
-        return (torch.randn(*sizes, generator=generator) * std).to(dtype)
-
-    x, grad = normal(T, D), normal(T, D)
-    gate_up, down, router = normal(E, 2 * F, D, std=D**-0.5), normal(E, D, F, std=F**-0.5), normal(E, D, std=D**-0.5)
-    active = chosen = weights = None
-    if routing != "router":
-        share = torch.ones(E, dtype=torch.float64)
-        if routing == "skew":
-            share[: E // 2] = 8.0
-        share = (k * share / share.sum()).clamp(max=1.0)
-        chosen = _systematic(share, T, k, generator)
-        if shape.variable:
-            active = torch.rand(T, E, generator=generator) < share
-        else:
-            active = torch.zeros(T, E, dtype=torch.bool).scatter(1, chosen, True)
-        weights = active.float() / k
-    tensors = (x, grad, gate_up, down, router, active, chosen, weights)
-    return Problem(shape, *(None if t is None else t.to(device) for t in tensors))  # type: ignore[arg-type]
-
-
-def _systematic(share: Tensor, rows: int, k: int, generator: torch.Generator) -> Tensor:
-    """(rows, k): k different experts per row, expert e with probability share[e]: marks at distance 1 on a line of the shares, which sum to k,
-    in an order of the experts that is drawn for each row."""
-    order = torch.rand(rows, len(share), generator=generator, dtype=torch.float64).argsort(1)
-    ends = share[order].cumsum(1)
-    ends[:, -1] = k  # rounding must not lose the last mark
-    marks = torch.rand(rows, 1, generator=generator, dtype=torch.float64) + torch.arange(k)
-    return order.gather(1, torch.searchsorted(ends, marks, right=True).clamp(max=len(share) - 1))
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """forward: () -> (T, D). step: forward and backward. note: what differs from the others."""
-
-    forward: Callable[[], Tensor]
-    step: Step
-    note: str = ""
-
-
-def _contestant(forward: Callable[[], Tensor], x: Tensor, weights: list[Tensor], grad: Tensor, note: str = "") -> Contestant:
-    """x, weights: what gets a gradient."""
-
-    def step() -> None:
-        for leaf in (x, *weights):
-            leaf.grad = None
-        forward().backward(grad)
-
-    return Contestant(forward, step, note)
-
-
-def ours(problem: Problem, ste: str = "off", probe_rate: float = 0.25, backend: Backend | None = None) -> Contestant:
-    """The layer with its router, or its dispatch and experts under forced routes. backend: what computes the experts, in place of torch."""
-    shape = problem.shape
-    x = problem.x.clone().requires_grad_()
-    if problem.active is None:
-        layer = MoELayer(_config(shape, ste, probe_rate), 0)
-        with torch.no_grad():
-            layer.to(problem.x.device)
-            layer.experts.to(problem.x.dtype)  # the router's weights are float32 in training too
-            layer.router.weight.copy_(problem.router)
-            layer.experts.gate_up.copy_(problem.gate_up)
-            layer.experts.down.copy_(problem.down)
-        layer.experts.backend = backend
-        context = TokenContext(keys=torch.arange(shape.tokens, device=x.device))
-        return _contestant(lambda: layer(x, context, x)[0], x, list(layer.parameters()), problem.grad)
-    experts, dispatcher = GroupedExperts(shape.experts, shape.hidden, shape.expert_dim), LocalDispatcher()
-    experts.backend = backend
-    experts.gate_up, experts.down = problem.leaf(problem.gate_up), problem.leaf(problem.down)
-    assert problem.weights is not None
-    weights, decision = problem.weights.clone().requires_grad_(), Decision(problem.active)
-
-    def forward() -> Tensor:
-        work, plan = dispatcher.dispatch(x, Routing(decision, weights))
-        return dispatcher.combine(experts(work), plan)
-
-    return _contestant(forward, x, [experts.gate_up, experts.down, weights], problem.grad)
-
-
-def loop(problem: Problem) -> Contestant:
-    """Ours as it is where the CPU's fused block does not exist: rows gathered, a GEMM per expert, rows added up."""
-    if not ops.has_experts(problem.x.device, problem.x.dtype):
-        raise Unavailable("is what ours does here")
-    fused, whole = ops.has_experts, ours(problem)
-
-    def without_block(call: Callable[[], Any]) -> Callable[[], Any]:
-        def run() -> Any:
-            ops.has_experts = lambda device, dtype: False
-            try:
-                return call()
-            finally:
-                ops.has_experts = fused
-
-        return run
-
-    return Contestant(without_block(whole.forward), without_block(whole.step))
-
-
-def _config(shape: Shape, ste: str, probe_rate: float) -> ModelConfig:
-    router: SigmoidSteRouter | TopKRouter = TopKRouter(top_k=shape.k, balance_coef=0.0)
-    if shape.variable:
-        # The logits are about N(0, 1); this threshold lets k of E through.
-        open_share = torch.tensor(1 - shape.k / shape.experts, dtype=torch.float64)
-        threshold = torch.sigmoid(torch.special.ndtri(open_share)).item()
-        router = SigmoidSteRouter(ste=ste, probe_rate=probe_rate, threshold=threshold)  # type: ignore[arg-type]
-    return ModelConfig(
-        vocab_size=1, hidden_size=shape.hidden, num_layers=1, num_heads=1, intermediate_size=1,
-        moe=MoEConfig(num_experts=shape.experts, expert_dim=shape.expert_dim, router=router),
-    )  # fmt: skip
-
-
-def dense(problem: Problem, width: int) -> Contestant:
-    """The limit: a dense SwiGLU FFN of intermediate size `width` on the same tokens, as torch and Hugging Face write it."""
-    generator = torch.Generator().manual_seed(1)
-    D = problem.shape.hidden
-    x = problem.x.clone().requires_grad_()
-    gate, up = (problem.leaf((torch.randn(width, D, generator=generator) * D**-0.5).to(x)) for _ in range(2))
-    down = problem.leaf((torch.randn(D, width, generator=generator) * width**-0.5).to(x))
-    return _contestant(lambda: linear(silu(linear(x, gate)) * linear(x, up), down), x, [gate, up, down], problem.grad)
+def _group_of_one() -> Any:
+    """The process group of this process alone, which packages ask for their ranks; nothing is sent over it."""
+    if not torch.distributed.is_initialized():
+        file = os.path.join(tempfile.mkdtemp(), "store")
+        torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    return torch.distributed.group.WORLD
 
 
 def hugging_face(problem: Problem, implementation: str) -> Contestant:
     """transformers' Qwen3-MoE block with one of its experts implementations."""
-    if importlib.util.find_spec("transformers") is None:
-        raise Unavailable("not installed")
+    _need("transformers")
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
@@ -214,17 +64,15 @@ def hugging_face(problem: Problem, implementation: str) -> Contestant:
     block.to(problem.x.device)
     x = problem.x.clone().requires_grad_()
     weights = [block.experts.gate_up_proj, block.experts.down_proj]
-    note = f"{shape.k} routes for every token" if shape.variable else ""
     if problem.chosen is None:
-        return _contestant(lambda: block(x[None])[0], x, [*weights, block.gate.weight], problem.grad, note)
+        return contestant(lambda: block(x[None])[0], [x, *weights, block.gate.weight], problem.grad, shape.variable)
     factors = torch.full(problem.chosen.shape, 1 / shape.k, dtype=problem.x.dtype, device=x.device, requires_grad=True)
-    return _contestant(lambda: block.experts(x, problem.chosen, factors), x, [*weights, factors], problem.grad, note)
+    return contestant(lambda: block.experts(x, problem.chosen, factors), [x, *weights, factors], problem.grad, shape.variable)
 
 
 def deepspeed_moe(problem: Problem) -> Contestant:
     """deepspeed.moe.layer.MoE without dropped tokens. Its gate has no way to force routes, so it takes part with a real router only."""
-    if importlib.util.find_spec("deepspeed") is None:
-        raise Unavailable("not installed")
+    _need("deepspeed")
     if problem.x.device.type != "cpu":
         raise Unavailable("set up for the CPU only")
     if problem.chosen is not None:
@@ -237,9 +85,7 @@ def deepspeed_moe(problem: Problem) -> Contestant:
     import deepspeed
     from deepspeed.moe.layer import MoE
 
-    if not torch.distributed.is_initialized():
-        file = os.path.join(tempfile.mkdtemp(), "store")
-        torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    _group_of_one()
     os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed.init_distributed("gloo", verbose=False)
 
@@ -262,16 +108,102 @@ def deepspeed_moe(problem: Problem) -> Contestant:
             expert.gate_up.weight.copy_(problem.gate_up[e])
             expert.down.weight.copy_(problem.down[e])
     x = problem.x.clone().requires_grad_()
-    note = f"{shape.k} routes for every token" if shape.variable else ""
-    return _contestant(lambda: layer(x[None])[0][0], x, list(layer.parameters()), problem.grad, note)
+    return contestant(lambda: layer(x[None])[0][0], [x, *layer.parameters()], problem.grad, shape.variable)
+
+
+def megatron_core(problem: Problem) -> Contestant:
+    """Megatron-Core's MoELayer (read in 0.16.1): its top-k router with logits in float32 and softmax over the k best, the all-gather dispatcher,
+    and one expert's MLP after the other; on GPUs with Transformer Engine its grouped GEMM and fused permutation, which have not run here.
+
+    The dispatcher takes any (T, E) map of routes, so forced ones go through the whole layer, with a variable number of experts too. On one rank it
+    moves no more than the all-to-all dispatcher would, and makes no CUDA stream. Two lines keep the layer from a CPU, and neither computes: the
+    router moves its weight to the current CUDA device before it multiplies, and a name is read that only an import of Transformer Engine defines.
+    """
+    _need("megatron", "megatron.core")
+    shape, on_gpu = problem.shape, problem.x.device.type == "cuda"
+    grouped = on_gpu and importlib.util.find_spec("transformer_engine") is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # many of its modules say that Apex or Transformer Engine are not there, and its defaults are deprecated
+        from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+        from megatron.core.process_groups_config import ProcessGroupCollection
+        from megatron.core.transformer.moe import moe_utils
+        from megatron.core.transformer.moe.router import TopKRouter
+        from megatron.core.transformer.spec_utils import build_module
+        from megatron.core.transformer.transformer_config import TransformerConfig
+
+        config = TransformerConfig(
+            num_layers=1, num_attention_heads=1, hidden_size=shape.hidden, ffn_hidden_size=shape.expert_dim, moe_ffn_hidden_size=shape.expert_dim,
+            num_moe_experts=shape.experts, moe_router_topk=shape.k, moe_router_load_balancing_type="none", moe_router_dtype="fp32",
+            moe_token_dispatcher_type="allgather", moe_permute_fusion=grouped, add_bias_linear=False, gated_linear_unit=True, activation_func=silu,
+            bias_activation_fusion=on_gpu,  # torch.compile of the activation: on a CPU it keeps less and is slower
+            params_dtype=problem.x.dtype, use_cpu_initialization=True, perform_initialization=False,
+        )  # fmt: skip
+    vars(moe_utils).setdefault("te_general_gemm", None)
+
+    class Router(TopKRouter):
+        def gating(self, input: Tensor) -> Tensor:
+            return moe_utils.router_gating_linear(input, self.weight, self.bias, torch.float32)
+
+    class Forced(nn.Module):
+        def __init__(self, config: Any, pg_collection: Any) -> None:
+            super().__init__()
+            assert problem.weights is not None
+            self.weight = problem.leaf(problem.weights)
+
+        def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+            return self.weight, problem.active
+
+    groups = ("tp", "cp", "tp_cp", "tp_dp_cp", "ep", "expt_tp", "expt_dp", "tp_ep")
+    spec = get_moe_module_spec(use_te=grouped, num_experts=shape.experts, moe_grouped_gemm=grouped)
+    spec.submodules.router = Router if problem.active is None else Forced
+    layer: Any = build_module(spec, config=config, pg_collection=ProcessGroupCollection(**dict.fromkeys(groups, _group_of_one())))
+    layer.to(problem.x.device)
+    if grouped:
+        pairs = [[getattr(linear, f"weight{e}") for e in range(shape.experts)] for linear in (layer.experts.linear_fc1, layer.experts.linear_fc2)]
+    else:
+        pairs = [[e.linear_fc1.weight for e in layer.experts.local_experts], [e.linear_fc2.weight for e in layer.experts.local_experts]]
+    with torch.no_grad():
+        for own, given in zip(pairs, (problem.gate_up, problem.down)):
+            for weight, value in zip(own, given):
+                weight.copy_(value)
+        if problem.active is None:
+            layer.router.weight.copy_(problem.router)
+    x = problem.x.clone().requires_grad_()
+    leaves = [x, *pairs[0], *pairs[1], layer.router.weight]
+    return contestant(lambda: layer(x[:, None])[0][:, 0], leaves, problem.grad, shape.variable and problem.active is None)
+
+
+def megablocks_dmoe(problem: Problem) -> Contestant:
+    """MegaBlocks' dMoE (0.11.0.dev) with gated experts by grouped GEMM, for GPUs. Written from its source; its Python has run over plain
+    stand-ins of its kernels, and these have not run here."""
+    _need("megablocks", "grouped_gemm")
+    _gpu_only(problem, torch.bfloat16)
+    from megablocks.layers.arguments import Arguments
+    from megablocks.layers.dmoe import dMoE
+
+    shape = problem.shape
+    arguments = Arguments(
+        hidden_size=shape.hidden, ffn_hidden_size=shape.expert_dim, bias=False, activation_fn=silu, moe_num_experts=shape.experts,
+        moe_top_k=shape.k, moe_normalize_expert_weights=1, moe_loss_weight=0.0, memory_optimized_mlp=True, mlp_type="glu", mlp_impl="grouped",
+        fp16=False, bf16=True, device=problem.x.device,
+    )  # fmt: skip
+    layer: Any = dMoE(arguments)
+    gate, up = problem.gate_up.chunk(2, 1)
+    experts = layer.experts.mlp  # all three (E F, D)
+    experts.w1, experts.v1, experts.w2 = (problem.leaf(weight.flatten(0, 1).contiguous()) for weight in (gate, up, problem.down.mT))
+    x, weights = problem.x.clone().requires_grad_(), [experts.w1, experts.v1, experts.w2]
+    if problem.chosen is None:
+        layer.router.layer.weight = problem.leaf(problem.router)
+        return contestant(lambda: layer(x), [x, *weights, layer.router.layer.weight], problem.grad, shape.variable)
+    factors = torch.full(problem.chosen.shape, 1 / shape.k, dtype=x.dtype, device=x.device, requires_grad=True)
+    # Its scores, the second argument, are for the balance loss alone.
+    return contestant(lambda: layer.experts(x, None, factors, problem.chosen), [x, *weights, factors], problem.grad, shape.variable)
 
 
 def scattermoe(problem: Problem) -> Contestant:
     """ScatterMoE's GLUMLP (2025-10), for GPUs, behind a softmax router in torch. Written from its source; it has not run here."""
-    if importlib.util.find_spec("scattermoe") is None:
-        raise Unavailable("not installed")
-    if problem.x.device.type != "cuda":
-        raise Unavailable("runs on GPUs only")
+    _need("scattermoe")
+    _gpu_only(problem)
     from scattermoe.mlp import GLUMLP
 
     shape = problem.shape
@@ -281,16 +213,15 @@ def scattermoe(problem: Problem) -> Contestant:
     block.output_experts.weight = problem.leaf(problem.down)
     x, router = problem.x.clone().requires_grad_(), problem.leaf(problem.router)
     weights = [block.experts.weight, block.output_experts.weight]
-    note = f"{shape.k} routes for every token" if shape.variable else ""
     if problem.chosen is None:
 
         def forward() -> Tensor:
             best, chosen = torch.softmax(linear(x, router).float(), -1).topk(shape.k, -1)
             return block(x, (best / best.sum(-1, keepdim=True)).to(x.dtype), chosen)
 
-        return _contestant(forward, x, [*weights, router], problem.grad, note)
+        return contestant(forward, [x, *weights, router], problem.grad, shape.variable)
     factors = torch.full(problem.chosen.shape, 1 / shape.k, dtype=x.dtype, device=x.device, requires_grad=True)
-    return _contestant(lambda: block(x, factors, problem.chosen), x, [*weights, factors], problem.grad, note)
+    return contestant(lambda: block(x, factors, problem.chosen), [x, *weights, factors], problem.grad, shape.variable)
 
 
 def by_sonicmoe(problem: Problem) -> Contestant:
@@ -301,24 +232,45 @@ def by_sonicmoe(problem: Problem) -> Contestant:
     return ours(problem, backend=sonic.compute)
 
 
-def elsewhere(module: str) -> Callable[[Problem], Contestant]:
-    """A rival whose kernels exist for GPUs only, or (Megatron-Core 0.16) whose router and dispatcher call torch.cuda whatever the device."""
+def tutel_moe(problem: Problem) -> Contestant:
+    """Tutel's moe_layer (0.4) without dropped tokens, its gate in float32: each expert gets as many rows as the fullest, the rest of them zeros.
+    Forced routes go through its encode, experts and decode as in the layer. Its CPU kernels know float32 and float64, so it casts there itself."""
+    _need("tutel", "tutel_custom_kernel")
+    shape = problem.shape
+    if problem.chosen is None and shape.k == 1:
+        raise Unavailable("does not normalise the weight of a single route")
+    from tutel import moe
 
-    def build(problem: Problem) -> Contestant:
-        parts = module.split(".")
-        found = all(importlib.util.find_spec(".".join(parts[: i + 1])) for i in range(len(parts)))
-        raise Unavailable("runs on GPUs only" if found else "not installed")
+    gate = {"type": "top", "k": shape.k, "fp32_gate": True, "capacity_factor": 0}
+    kind = {"type": "llama_ffn", "count_per_node": shape.experts, "hidden_size_per_expert": shape.expert_dim}
+    layer: Any = moe.moe_layer(gate_type=gate, model_dim=shape.hidden, experts=kind)
+    first, second = problem.gate_up.chunk(2, 1)
+    experts = layer.experts  # all three flat, of (E, D, F), (E, D, F) and (E, F, D)
+    experts.W_fc1, experts.W_fc2, experts.W_fc3 = (problem.leaf(weight.mT.flatten()) for weight in (first, second, problem.down))
+    layer.to(problem.x.device)
+    x, weights = problem.x.clone().requires_grad_(), [experts.W_fc1, experts.W_fc2, experts.W_fc3]
+    if problem.chosen is None:
+        router = layer.gates[0].wg.weight
+        with torch.no_grad():
+            router.copy_(problem.router)
+        return contestant(lambda: layer(x), [x, *weights, router], problem.grad, shape.variable)
+    scores = torch.zeros(shape.tokens, shape.experts, device=x.device).scatter(1, problem.chosen, 1 / shape.k).requires_grad_()
 
-    return build
+    def forward() -> Tensor:
+        routes, _ = moe.top_k_routing(scores, shape.k, loss_fn=None, capacity_factor=0, normalize_gate=False)
+        rows = moe.fast_encode(x.to(scores.dtype), routes).to(x.dtype)
+        return moe.fast_decode(experts(rows, layer).to(scores.dtype), routes).to(x.dtype)
+
+    return contestant(forward, [x, *weights, scores], problem.grad, shape.variable)
 
 
 RIVALS: dict[str, Callable[[Problem], Contestant]] = {
     "HF eager": lambda p: hugging_face(p, "eager"),
     "HF grouped_mm": lambda p: hugging_face(p, "grouped_mm"),
     "DeepSpeed": deepspeed_moe,
-    "Megatron-Core": elsewhere("megatron.core"),
-    "MegaBlocks": elsewhere("megablocks"),
+    "Megatron-Core": megatron_core,
+    "MegaBlocks": megablocks_dmoe,
     "ScatterMoE": scattermoe,
     "SonicMoE": by_sonicmoe,
-    "Tutel": elsewhere("tutel"),
+    "Tutel": tutel_moe,
 }
