@@ -27,15 +27,15 @@ class Unavailable(Exception):
 @dataclass(frozen=True)
 class Contestant:
     """forward: () -> (T, D). step: forward and backward. leaves: the input, then all weights in the package's own layout; a step gives each its
-    gradient. fixed_k: every token has k routes here, although the problem has a variable number."""
+    gradient. fixed_k: in words that every token has k routes here, where the problem has a variable number of them; else empty."""
 
     forward: Callable[[], Tensor]
     step: Step
     leaves: list[Tensor]
-    fixed_k: bool = False
+    fixed_k: str = ""
 
 
-def contestant(forward: Callable[[], Tensor], leaves: list[Tensor], grad: Tensor, fixed_k: bool = False) -> Contestant:
+def contestant(forward: Callable[[], Tensor], leaves: list[Tensor], grad: Tensor, fixed_k: str = "") -> Contestant:
     """One whose step is `forward` and the backward of `grad`, (T, D)."""
 
     def step() -> None:

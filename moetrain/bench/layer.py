@@ -111,7 +111,7 @@ def _row(problem: Problem, routing: str, rounds: int, rivals: bool, peak: float,
     for name, contestant in contestants.items():
         if contestant.fixed_k:
             work[name] = 18 * shape.hidden * shape.expert_dim * shape.tokens * shape.k
-            missing.setdefault(name, set()).add(f"{shape.k} routes for every token" + (" where its router decides" if routing == "router" else ""))
+            missing.setdefault(name, set()).add(contestant.fixed_k)
     timings = measure.interleave({n: c.step for n, c in contestants.items()}, DENSE, rounds, measure.clock_of(problem.x.device))
     bound = bound_bytes(problem, routes)
     rows = []

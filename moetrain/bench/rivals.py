@@ -38,6 +38,10 @@ def _gpu_only(problem: Problem, *dtypes: torch.dtype) -> None:
         raise Unavailable(f"knows only {', '.join(name_of(dtype) for dtype in dtypes)}")
 
 
+def _fixed_k(problem: Problem, which: str = "") -> str:
+    return f"{problem.shape.k} routes for every token{which}" if problem.shape.variable else ""
+
+
 def _group_of_one() -> Any:
     """The process group of this process alone, which packages ask for their ranks; nothing is sent over it."""
     if not torch.distributed.is_initialized():
@@ -65,9 +69,9 @@ def hugging_face(problem: Problem, implementation: str) -> Contestant:
     x = problem.x.clone().requires_grad_()
     weights = [block.experts.gate_up_proj, block.experts.down_proj]
     if problem.chosen is None:
-        return contestant(lambda: block(x[None])[0], [x, *weights, block.gate.weight], problem.grad, shape.variable)
+        return contestant(lambda: block(x[None])[0], [x, *weights, block.gate.weight], problem.grad, _fixed_k(problem))
     factors = torch.full(problem.chosen.shape, 1 / shape.k, dtype=problem.x.dtype, device=x.device, requires_grad=True)
-    return contestant(lambda: block.experts(x, problem.chosen, factors), [x, *weights, factors], problem.grad, shape.variable)
+    return contestant(lambda: block.experts(x, problem.chosen, factors), [x, *weights, factors], problem.grad, _fixed_k(problem))
 
 
 def deepspeed_moe(problem: Problem) -> Contestant:
@@ -108,7 +112,7 @@ def deepspeed_moe(problem: Problem) -> Contestant:
             expert.gate_up.weight.copy_(problem.gate_up[e])
             expert.down.weight.copy_(problem.down[e])
     x = problem.x.clone().requires_grad_()
-    return contestant(lambda: layer(x[None])[0][0], [x, *layer.parameters()], problem.grad, shape.variable)
+    return contestant(lambda: layer(x[None])[0][0], [x, *layer.parameters()], problem.grad, _fixed_k(problem))
 
 
 def megatron_core(problem: Problem) -> Contestant:
@@ -169,8 +173,8 @@ def megatron_core(problem: Problem) -> Contestant:
         if problem.active is None:
             layer.router.weight.copy_(problem.router)
     x = problem.x.clone().requires_grad_()
-    leaves = [x, *pairs[0], *pairs[1], layer.router.weight]
-    return contestant(lambda: layer(x[:, None])[0][:, 0], leaves, problem.grad, shape.variable and problem.active is None)
+    fixed_k = _fixed_k(problem, " of its own router") if problem.active is None else ""
+    return contestant(lambda: layer(x[:, None])[0][:, 0], [x, *pairs[0], *pairs[1], layer.router.weight], problem.grad, fixed_k)
 
 
 def megablocks_dmoe(problem: Problem) -> Contestant:
@@ -194,10 +198,10 @@ def megablocks_dmoe(problem: Problem) -> Contestant:
     x, weights = problem.x.clone().requires_grad_(), [experts.w1, experts.v1, experts.w2]
     if problem.chosen is None:
         layer.router.layer.weight = problem.leaf(problem.router)
-        return contestant(lambda: layer(x), [x, *weights, layer.router.layer.weight], problem.grad, shape.variable)
+        return contestant(lambda: layer(x), [x, *weights, layer.router.layer.weight], problem.grad, _fixed_k(problem))
     factors = torch.full(problem.chosen.shape, 1 / shape.k, dtype=x.dtype, device=x.device, requires_grad=True)
     # Its scores, the second argument, are for the balance loss alone.
-    return contestant(lambda: layer.experts(x, None, factors, problem.chosen), [x, *weights, factors], problem.grad, shape.variable)
+    return contestant(lambda: layer.experts(x, None, factors, problem.chosen), [x, *weights, factors], problem.grad, _fixed_k(problem))
 
 
 def scattermoe(problem: Problem) -> Contestant:
@@ -219,9 +223,9 @@ def scattermoe(problem: Problem) -> Contestant:
             best, chosen = torch.softmax(linear(x, router).float(), -1).topk(shape.k, -1)
             return block(x, (best / best.sum(-1, keepdim=True)).to(x.dtype), chosen)
 
-        return contestant(forward, [x, *weights, router], problem.grad, shape.variable)
+        return contestant(forward, [x, *weights, router], problem.grad, _fixed_k(problem))
     factors = torch.full(problem.chosen.shape, 1 / shape.k, dtype=x.dtype, device=x.device, requires_grad=True)
-    return contestant(lambda: block(x, factors, problem.chosen), [x, *weights, factors], problem.grad, shape.variable)
+    return contestant(lambda: block(x, factors, problem.chosen), [x, *weights, factors], problem.grad, _fixed_k(problem))
 
 
 def by_sonicmoe(problem: Problem) -> Contestant:
@@ -253,7 +257,7 @@ def tutel_moe(problem: Problem) -> Contestant:
         router = layer.gates[0].wg.weight
         with torch.no_grad():
             router.copy_(problem.router)
-        return contestant(lambda: layer(x), [x, *weights, router], problem.grad, shape.variable)
+        return contestant(lambda: layer(x), [x, *weights, router], problem.grad, _fixed_k(problem))
     scores = torch.zeros(shape.tokens, shape.experts, device=x.device).scatter(1, problem.chosen, 1 / shape.k).requires_grad_()
 
     def forward() -> Tensor:
@@ -261,7 +265,7 @@ def tutel_moe(problem: Problem) -> Contestant:
         rows = moe.fast_encode(x.to(scores.dtype), routes).to(x.dtype)
         return moe.fast_decode(experts(rows, layer).to(scores.dtype), routes).to(x.dtype)
 
-    return contestant(forward, [x, *weights, scores], problem.grad, shape.variable)
+    return contestant(forward, [x, *weights, scores], problem.grad, _fixed_k(problem))
 
 
 RIVALS: dict[str, Callable[[Problem], Contestant]] = {

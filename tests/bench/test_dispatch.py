@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from moetrain.bench.dispatch import ALONE, BY_ROUTE, OURS, PEERS, ways_of
-from moetrain.bench.rivals import Shape, make
+from moetrain.bench.problem import Shape, make
 from moetrain.cli import main
 from tests.distributed import run
 
