@@ -175,44 +175,33 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tenso
     """Summed cross-entropy of the logits `hidden @ weight.T` without ever holding all of them.
 
     hidden: (T, D). weight: (V, D). labels: (T,) int64, -100 where there is no loss. Returns the sum, a float32 (float64 for float64)
-    scalar with gradients, and the loss of each token, (T,) float32, without. Backward computes the logits again.
+    scalar with gradients, and the loss of each token, (T,) float32, without. Where gradients are wanted they are made here, chunk by chunk, since
+    a scalar's gradient can only scale them: no logits are computed twice (as Liger Kernel does, arXiv 2410.10989).
     """
-    return _CrossEntropy.apply(hidden, weight, labels)
+    return _CrossEntropy.apply(hidden, weight, labels, torch.is_grad_enabled())
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, grad_enabled: bool) -> tuple[Tensor, Tensor]:
         wide, w = _wide(hidden.dtype), weight.to(hidden.dtype)
         counts = labels != IGNORE
-        targets = torch.where(counts, labels, 0)
-        normalizers = torch.empty(labels.shape, dtype=wide, device=hidden.device)
-        losses = torch.empty_like(normalizers)
+        targets = torch.where(counts, labels, 0)[:, None]
+        losses = torch.empty(labels.shape, dtype=wide, device=hidden.device)
+        needs_hidden, needs_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        # Float32 sum over the chunks: in bfloat16 the later chunks would be rounded away.
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_weight else None
         for part in _chunks(hidden.shape[0], weight.shape[0]):
             logits = (hidden[part] @ w.T).to(wide)
-            normalizers[part] = logits.logsumexp(dim=-1)
-            losses[part] = normalizers[part] - logits.gather(1, targets[part, None])[:, 0]
-        losses = torch.where(counts, losses, 0)
-        ctx.save_for_backward(hidden, weight, labels, normalizers)
-        token_losses = losses.float() if wide == torch.float64 else losses.clone()
-        ctx.mark_non_differentiable(token_losses)
-        return losses.sum(), token_losses
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        hidden, weight, labels, normalizers = ctx.saved_tensors
-        wide, w = _wide(hidden.dtype), weight.to(hidden.dtype)
-        counts = labels != IGNORE
-        targets = torch.where(counts, labels, 0)
-        scale = torch.where(counts, grad, 0)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # Float32 sum over the chunks: in bfloat16 the later chunks would be rounded away.
-        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if ctx.needs_input_grad[1] else None
-        for part in _chunks(hidden.shape[0], weight.shape[0]):
-            probabilities = (hidden[part] @ w.T).to(wide).sub_(normalizers[part, None]).exp_()
-            probabilities.scatter_add_(1, targets[part, None], torch.full_like(normalizers[part, None], -1))
-            grad_logits = probabilities.mul_(scale[part, None]).to(hidden.dtype)
+            logits -= logits.amax(dim=-1, keepdim=True)
+            at_target = logits.gather(1, targets[part])
+            total = logits.exp_().sum(dim=-1, keepdim=True)
+            losses[part] = (total.log() - at_target)[:, 0]
+            if grad_hidden is None and grad_weight is None:
+                continue
+            counted = counts[part, None].to(wide)
+            grad_logits = logits.mul_(counted / total).scatter_add_(1, targets[part], -counted).to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = grad_logits @ w
             if grad_weight is not None:
@@ -220,7 +209,17 @@ class _CrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(grad_logits.T, hidden[part])
                 else:
                     grad_weight += grad_logits.T @ hidden[part]
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None
+        losses = torch.where(counts, losses, 0)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        token_losses = losses.float() if wide == torch.float64 else losses.clone()
+        ctx.mark_non_differentiable(token_losses)
+        return losses.sum(), token_losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden, grad_weight = (None if made is None else made * grad for made in ctx.saved_tensors)
+        return grad_hidden, grad_weight, None, None
 
 
 def _chunks(tokens: int, vocab_size: int) -> list[slice]:

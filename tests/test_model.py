@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from moetrain import model as model_module
 from moetrain.attention import KVCache
@@ -118,6 +119,21 @@ def test_cross_entropy_gradcheck_and_extremes():
         assert loss == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, (hidden, weight), allow_unused=True))
     loss, _ = cross_entropy(hidden * 1e4, weight, labels)
     assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("hidden_grad, weight_grad, grad_enabled", [(1, 1, True), (1, 0, True), (0, 1, True), (0, 0, True), (1, 1, False)])
+def test_cross_entropy_makes_what_is_wanted(hidden_grad, weight_grad, grad_enabled, monkeypatch):
+    """One product for the logits and one for each gradient that is wanted; none of them again in backward."""
+    monkeypatch.setattr(model_module, "_CHUNK_NUMEL", 2 * 7)
+    hidden = torch.randn(5, 4, dtype=torch.bfloat16, requires_grad=bool(hidden_grad))  # addmm_ of float32 is not counted
+    weight = torch.randn(7, 4, requires_grad=bool(weight_grad))
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(grad_enabled):
+        loss, _ = cross_entropy(hidden, weight, torch.tensor([0, 6, -100, 3, 3]))
+        if loss.requires_grad:
+            loss.backward()
+    assert loss.requires_grad == (grad_enabled and hidden_grad + weight_grad > 0)
+    assert counter.get_total_flops() == 2 * 5 * 4 * 7 * (1 + (hidden_grad + weight_grad) * grad_enabled)
+    assert [x.grad is not None for x in (hidden, weight)] == [bool(hidden_grad and grad_enabled), bool(weight_grad and grad_enabled)]
 
 
 def test_weight_gradient_of_many_chunks_in_bfloat16(monkeypatch):
