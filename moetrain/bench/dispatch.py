@@ -22,7 +22,7 @@ from moetrain.bench.measure import Table
 from moetrain.bench.problem import Problem, Shape, make
 from moetrain.config import ConfigError
 from moetrain.moe.dispatch import AllToAllDispatcher
-from moetrain.moe.exchange import Collective, exchange
+from moetrain.moe.exchange import Collective, Part, exchange
 from moetrain.moe.peers import Peers, open_exchange
 from moetrain.moe.routing import Decision, Routing
 
@@ -103,6 +103,9 @@ def ways_of(problem: Problem, ranks: int, group: dist.ProcessGroup) -> dict[str,
     local, size = shape.experts // ranks, problem.x.element_size()
     decision = Decision(active)
 
+    def move(rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        return exchange([Part(rows, send, receive)], group)[0]
+
     def ours(dispatcher: AllToAllDispatcher) -> Tensor:
         x.grad = weights.grad = None
         work, plan = dispatcher.dispatch(x, Routing(decision, weights))
@@ -122,11 +125,11 @@ def ways_of(problem: Problem, ranks: int, group: dist.ProcessGroup) -> dict[str,
         expert = torch.repeat_interleave(counts.long(), output_size=tokens.numel())
         chosen = weights[tokens.long(), expert]
         with torch.no_grad():
-            home = exchange(exchange(ops.permute(x, tokens, *way_back), *sizes, group), *reversed(sizes), group)
+            home = move(move(ops.permute(x, tokens, *way_back), *sizes), *reversed(sizes))
             output = ops.combine(home, tokens, *way_back, chosen)
             # Backward by hand: the gradient goes out as the rows came home, and the rows' gradient comes back as the rows went out.
-            out = exchange(ops.permute(problem.grad, tokens, *way_back) * chosen.to(x.dtype)[:, None], *sizes, group)
-            x.grad = ops.combine(exchange(out, *reversed(sizes), group), tokens, *way_back)
+            out = move(ops.permute(problem.grad, tokens, *way_back) * chosen.to(x.dtype)[:, None], *sizes)
+            x.grad = ops.combine(move(out, *reversed(sizes)), tokens, *way_back)
             weights.grad = torch.zeros_like(weights).index_put_((tokens.long(), expert), (home * problem.grad[tokens.long()]).sum(-1).float())
         return output
 
@@ -138,8 +141,8 @@ def ways_of(problem: Problem, ranks: int, group: dist.ProcessGroup) -> dict[str,
 
     def alone() -> Tensor:
         for _ in range(2):  # forward and backward
-            exchange(ready, there, back, group)
-            home = exchange(answer, back, there, group)
+            move(ready, there, back)
+            home = move(answer, back, there)
         return home
 
     row, routes = shape.hidden * size, int(active.sum())

@@ -22,8 +22,7 @@ KINDS = {
     "GEMM": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "moetrain::experts"),
     "attention": ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention", "flash_attn"),
     "communication": (
-        "gloo:", "nccl:", "c10d::", "record_param_comms", "_SendRows", "_ReturnRows", "_SendWeights", "_SendProbes", "moetrain::push",
-        "moetrain::pull", "FSDP::",
+        "gloo:", "nccl:", "c10d::", "record_param_comms", "_Dispatch", "_Combine", "moetrain::push", "moetrain::pull", "FSDP::",
     ),
 }  # fmt: skip
 """Kind -> beginnings of the operators' names. `moetrain::experts` is the whole experts' block on the CPU, activation and gather included. The

@@ -9,6 +9,9 @@ N rows this rank receives, R routes and Q probe routes this rank computes.
 
 Pairs that exist only for probe routes bring a row, send none back, and in backward bring the row's output gradient and send back one number
 per probe.
+
+Between ranks a layer waits three times in forward: for the sizes of what comes (one small exchange), for rows with their route lists and weights
+(one), and for results (one); and twice in backward: for the results' gradients, and for the rows' gradients with those of weights and probes.
 """
 
 from __future__ import annotations
@@ -18,9 +21,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moetrain import ops
-from moetrain.moe.exchange import PROBED, PROBES, ROUTED, ROUTES, Collective, RouteList, Sizes
+from moetrain.moe.exchange import ENTRIES, PAIRS, PROBES, RESULTS, ROUTES, Collective, Numbers, RouteList, Sizes
 from moetrain.moe.peers import Peers
 from moetrain.moe.routing import Decision, Routing, recorded, visible
 from moetrain.moe.weights import pick
@@ -37,12 +41,6 @@ class Work:
     weights: Tensor
     probes: RouteList | None
     probe_weights: Tensor | None
-
-
-def _inverse(positions: Tensor) -> Tensor:
-    inverse = torch.empty_like(positions)
-    inverse[positions.long()] = torch.arange(positions.numel(), dtype=positions.dtype, device=positions.device)
-    return inverse.long()
 
 
 # ------------------------------------------------------------------------------------------------------------------- local
@@ -92,72 +90,77 @@ class LocalDispatcher:
 
 
 @dataclass(frozen=True)
-class ExchangePlan:
+class Sending:
     """pairs: the P (token, rank) pairs this rank sends, by rank, those with a route before those with probes only. back: the same list with
     the former alone, as they come back. sizes: what is sent and received. route_index, probe_index: places in the flat (T, E) weights, in the
-    order of the wire. routes, probes: what this rank computes; route_order, probe_order: from the wire's order to theirs."""
+    order of the wire."""
 
     pairs: RouteList
     back: RouteList
     sizes: Sizes
     route_index: Tensor
     probe_index: Tensor
+
+
+@dataclass(frozen=True)
+class ExchangePlan:
+    """sending: what this rank sends. routes, probes: what it computes. On the wire they come row by row, in a row by ascending expert: the order of
+    their `positions`."""
+
+    sending: Sending
     routes: RouteList
     probes: RouteList | None
-    route_order: Tensor
-    probe_order: Tensor
 
 
-class _SendRows(torch.autograd.Function):
-    """(T, D) -> (N, D). Backward brings back the rows of pairs that have a route and adds them up by token."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, plan: ExchangePlan, exchange: Collective | Peers) -> Tensor:
-        ctx.plan, ctx.exchange = plan, exchange
-        return exchange.send_rows(x, plan.pairs, plan.sizes)
+class _Dispatch(torch.autograd.Function):
+    """x (T, D), weights (T, E) -> rows (N, D), the weights (R,) of `routes`, zeros (Q,) for `probes` or None, and the plan. One exchange each way:
+    backward brings back the rows of pairs that have a route, which it adds up by token, and one number for each route and probe. It does so whatever
+    gradients this rank needs: the others wait for it."""
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        return ctx.exchange.return_rows(grad, ctx.plan.back, ctx.plan.sizes), None, None
+    def forward(ctx, x: Tensor, weights: Tensor, decision: Decision, exchange: Collective | Peers):
+        sending, lengths, codes = recorded(lambda: _send(decision, exchange))
+        sent = [Numbers(lengths, PAIRS), Numbers(codes, ENTRIES), Numbers(weights.reshape(-1)[sending.route_index], ROUTES)]
+        # A recomputation has its plan and sends the lists again all the same: they are small, and there is one kind of exchange.
+        rows, (lengths, codes, wire) = exchange.send_rows(x, sending.pairs, sending.sizes, sent)
+        plan: ExchangePlan = recorded(lambda: _receive(sending, lengths, codes, decision, exchange))
+
+        arrived = torch.empty_like(wire).index_copy_(0, plan.routes.positions.long(), wire)
+        probe_weights = importance = None
+        if plan.probes is not None and decision.probes is not None:
+            # A probe's weight is 0 and is not sent. Its gradient is multiplied by the importance on its way to the router.
+            probe_weights = weights.new_zeros(plan.probes.tokens.numel())
+            importance = decision.probes.reshape(-1)[sending.probe_index]
+        ctx.plan, ctx.exchange, ctx.shape = plan, exchange, weights.shape
+        ctx.save_for_backward(importance)
+        return rows, arrived, probe_weights, plan
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_rows: Tensor, grad_weights: Tensor, grad_probes: Tensor | None, _):
+        plan, sending, (importance,) = ctx.plan, ctx.plan.sending, ctx.saved_tensors
+        sent = [Numbers(grad_weights.index_select(0, plan.routes.positions), ROUTES)]
+        if grad_probes is not None:
+            sent.append(Numbers(grad_probes.index_select(0, plan.probes.positions), PROBES))
+        grad_x, came = ctx.exchange.return_rows(grad_rows, sending.back, sending.sizes, sent)
+        grad = grad_weights.new_zeros(ctx.shape.numel()).index_copy_(0, sending.route_index, came[0])
+        if grad_probes is not None:
+            grad.index_copy_(0, sending.probe_index, came[1] * importance)
+        return grad_x, grad.view(ctx.shape), None, None
 
 
-class _ReturnRows(torch.autograd.Function):
+class _Combine(torch.autograd.Function):
     """(N, D) -> (T, D). Backward sends every pair its token's output gradient, also the pairs that returned nothing: their probes want it."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, plan: ExchangePlan, exchange: Collective | Peers) -> Tensor:
-        ctx.plan, ctx.exchange = plan, exchange
-        return exchange.return_rows(rows, plan.back, plan.sizes)
+    def forward(ctx, rows: Tensor, sending: Sending, exchange: Collective | Peers) -> Tensor:
+        ctx.sending, ctx.exchange = sending, exchange
+        return exchange.return_rows(rows, sending.back, sending.sizes)[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
-        return ctx.exchange.send_rows(grad, ctx.plan.pairs, ctx.plan.sizes), None, None
-
-
-class _SendWeights(torch.autograd.Function):
-    """(routes sent,) -> (R,), one weight per route, in the order of the wire."""
-
-    @staticmethod
-    def forward(ctx, weights: Tensor, plan: ExchangePlan, exchange: Collective | Peers) -> Tensor:
-        ctx.plan, ctx.exchange = plan, exchange
-        return exchange.numbers(weights, plan.sizes, ROUTES)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return ctx.exchange.numbers(grad, ctx.plan.sizes, ROUTES, back=True), None, None
-
-
-class _SendProbes(torch.autograd.Function):
-    """(probes sent,) -> (Q,) zeros. Forward sends nothing, since a probe's weight is 0; backward brings back one number per probe."""
-
-    @staticmethod
-    def forward(ctx, weights: Tensor, plan: ExchangePlan, exchange: Collective | Peers) -> Tensor:
-        ctx.plan, ctx.exchange = plan, exchange
-        return weights.new_zeros(sum(plan.sizes.received_of(PROBES)))
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return ctx.exchange.numbers(grad, ctx.plan.sizes, PROBES, back=True), None, None
+        return ctx.exchange.send_rows(grad, ctx.sending.pairs, ctx.sending.sizes)[0], None, None
 
 
 class AllToAllDispatcher:
@@ -168,74 +171,56 @@ class AllToAllDispatcher:
 
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Work, ExchangePlan]:
         """x: (T, D); T may differ between ranks, and be 0."""
-        decision = routing.decision
-        plan: ExchangePlan = recorded(lambda: self._plan(decision))
-        rows = _SendRows.apply(x, plan, self.exchange)
-        weights = _SendWeights.apply(routing.weights.reshape(-1)[plan.route_index], plan, self.exchange)[plan.route_order]
-        probe_weights = None
-        if decision.probes is not None:
-            # Every rank takes part in the exchange of probes, also one that neither sends nor receives any.
-            sent = (routing.weights * decision.probes).reshape(-1)[plan.probe_index]
-            probe_weights = _SendProbes.apply(sent, plan, self.exchange)[plan.probe_order]
+        rows, weights, probe_weights, plan = _Dispatch.apply(x, routing.weights, routing.decision, self.exchange)
         return Work(rows, plan.routes, weights, plan.probes, probe_weights), plan
 
     def combine(self, rows: Tensor, plan: ExchangePlan) -> Tensor:
         """rows: (N, D), the sums of this rank's experts -> (T, D)."""
-        return _ReturnRows.apply(rows, plan, self.exchange)
+        return _Combine.apply(rows, plan.sending, self.exchange)
 
-    def _plan(self, decision: Decision) -> ExchangePlan:
-        ranks = dist.get_world_size(self.exchange.group)
-        device = decision.active.device
-        tokens, num_experts = decision.active.shape
-        local = num_experts // ranks
-        active = decision.active.view(tokens, ranks, local)
-        probing = torch.zeros_like(active) if decision.probes is None else (decision.probes > 0).view(tokens, ranks, local)
-        routed = active.any(-1)
-        probed_only = probing.any(-1) & ~routed
 
-        counts = torch.stack([routed.sum(0), probed_only.sum(0), active.sum((0, 2)), probing.sum((0, 2))], -1)
-        # The one host synchronisation of the layer: everything below has its size from these numbers.
-        sizes = self.exchange.sizes(counts)
-        total_sent, total_received = [sum(c) for c in zip(*sizes.sent)], [sum(c) for c in zip(*sizes.received)]
+def _send(decision: Decision, exchange: Collective | Peers) -> tuple[Sending, Tensor, Tensor]:
+    """What this rank sends, and its route lists: (P,) how many routes and probes each pair has, and (routes + probes,) the local expert of each,
+    doubled, plus 1 for a probe; int32, in the order of the wire."""
+    ranks = dist.get_world_size(exchange.group)
+    tokens, num_experts = decision.active.shape
+    local = num_experts // ranks
+    active = decision.active.view(tokens, ranks, local)
+    probing = torch.zeros_like(active) if decision.probes is None else (decision.probes > 0).view(tokens, ranks, local)
+    routed = active.any(-1)
+    probed_only = probing.any(-1) & ~routed
 
-        num_pairs = total_sent[ROUTED] + total_sent[PROBED]
-        pairs = RouteList(*ops.route(torch.stack([routed, probed_only], -1).view(tokens, 2 * ranks), num_pairs))
-        back = RouteList(*ops.route(routed, total_sent[ROUTED]))
+    counts = torch.stack([routed.sum(0), probed_only.sum(0), active.sum((0, 2)), probing.sum((0, 2))], -1)
+    # The one host synchronisation of the layer: everything below has its size from these numbers.
+    sizes = exchange.sizes(counts)
+    num_pairs, num_results, num_entries, num_routes = (sum(sizes.sent_of(per)) for per in (PAIRS, RESULTS, ENTRIES, ROUTES))
+    pairs = RouteList(*ops.route(torch.stack([routed, probed_only], -1).view(tokens, 2 * ranks), num_pairs))
+    back = RouteList(*ops.route(routed, num_results))
 
-        # The route lists: for each pair how many routes it has, then each route's local expert, doubled, plus 1 for a probe.
-        pair_rank = torch.repeat_interleave(pairs.counts.long(), output_size=num_pairs) // 2
-        pair_token = pairs.tokens.long()
-        kinds = (active.to(torch.uint8) + 2 * probing.to(torch.uint8))[pair_token, pair_rank]
-        num_entries = total_sent[ROUTES] + total_sent[PROBES]
-        entries = torch.nonzero_static(kinds, size=num_entries)
-        entry_pair, entry_expert = entries[:, 0], entries[:, 1]
-        is_probe = kinds[entry_pair, entry_expert] == 2
-        place = pair_token[entry_pair] * num_experts + pair_rank[entry_pair] * local + entry_expert
-        num_routes, num_probes = total_sent[ROUTES], total_sent[PROBES]
-        route_index, probe_index = _split(place, is_probe, num_routes, num_probes)
+    pair_rank = torch.repeat_interleave(pairs.counts.long(), output_size=num_pairs) // 2
+    pair_token = pairs.tokens.long()
+    kinds = (active.to(torch.uint8) + 2 * probing.to(torch.uint8))[pair_token, pair_rank]
+    entries = torch.nonzero_static(kinds, size=num_entries)
+    entry_pair, entry_expert = entries[:, 0], entries[:, 1]
+    is_probe = kinds[entry_pair, entry_expert] == 2
+    place = pair_token[entry_pair] * num_experts + pair_rank[entry_pair] * local + entry_expert
+    route_index, probe_index = _split(place, is_probe, num_routes, num_entries - num_routes)
+    lengths = torch.count_nonzero(kinds, dim=-1).to(torch.int32)
+    return Sending(pairs, back, sizes, route_index, probe_index), lengths, (entry_expert * 2 + is_probe).to(torch.int32)
 
-        lengths = torch.count_nonzero(kinds, dim=-1).to(torch.int32).split(sizes.sent_of(ROUTED, PROBED))
-        codes = (entry_expert * 2 + is_probe).to(torch.int32).split(sizes.sent_of(ROUTES, PROBES))
-        message = torch.cat([part for pair in zip(lengths, codes) for part in pair])
-        receive_pairs, receive_entries = sizes.received_of(ROUTED, PROBED), sizes.received_of(ROUTES, PROBES)
-        answer = self.exchange.numbers(message, sizes, ROUTED, PROBED, ROUTES, PROBES).split(
-            [n for pair in zip(receive_pairs, receive_entries) for n in pair]
-        )
-        lengths_in, codes_in = torch.cat(answer[0::2]).long(), torch.cat(answer[1::2]).long()
 
-        num_rows = sum(receive_pairs)
-        row = torch.repeat_interleave(lengths_in, output_size=sum(receive_entries))
-        kinds_in = torch.zeros(num_rows * local, dtype=torch.uint8, device=device)
-        kinds_in[row * local + codes_in // 2] = (codes_in % 2 + 1).to(torch.uint8)
-        kinds_in = kinds_in.view(num_rows, local)
-        routes = RouteList(*ops.route(kinds_in == 1, total_received[ROUTES]))
-        # Without a router that probes, no rank builds the list; with one, every rank does, be it empty.
-        probes = None if decision.probes is None else RouteList(*ops.route(kinds_in == 2, total_received[PROBES]))
-        empty = torch.empty(0, dtype=torch.int64, device=device)
-        return ExchangePlan(
-            pairs, back, sizes, route_index, probe_index, routes, probes,
-            _inverse(routes.positions), empty if probes is None else _inverse(probes.positions),
-        )  # fmt: skip
+def _receive(sending: Sending, lengths: Tensor, codes: Tensor, decision: Decision, exchange: Collective | Peers) -> ExchangePlan:
+    """The plan, from the route lists of `_send` that came with the rows."""
+    sizes, num_rows, codes = sending.sizes, lengths.numel(), codes.long()
+    local = decision.active.shape[1] // dist.get_world_size(exchange.group)
+    row = torch.repeat_interleave(lengths.long(), output_size=codes.numel())
+    kinds = torch.zeros(num_rows * local, dtype=torch.uint8, device=codes.device)
+    kinds[row * local + codes // 2] = (codes % 2 + 1).to(torch.uint8)
+    kinds = kinds.view(num_rows, local)
+    routes = RouteList(*ops.route(kinds == 1, sum(sizes.received_of(ROUTES))))
+    # Without a router that probes, no rank builds the list; with one, every rank does, be it empty.
+    probes = None if decision.probes is None else RouteList(*ops.route(kinds == 2, sum(sizes.received_of(PROBES))))
+    return ExchangePlan(sending, routes, probes)
 
 
 def _split(place: Tensor, is_probe: Tensor, num_routes: int, num_probes: int) -> tuple[Tensor, Tensor]:

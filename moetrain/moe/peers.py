@@ -2,8 +2,8 @@
 the GPUs of one node.
 
 A row is written once, where its receiver wants it, and a returning row is read where it lies and added: the copies into and out of messages are
-not made. Every verb is one phase: write, wait for all, read. There are two halves, used in turn: a half is written again two phases later,
-and by then every rank has waited once more after reading it, so one wait per phase is enough.
+not made. Numbers lie behind the rows. Every verb is one phase: write, wait for all, read. There are two halves, used in turn: a half is written again
+two phases later, and by then every rank has waited once more after reading it, so one wait per phase is enough.
 
 A wait is a barrier of the process group on CPUs, with its timeout and its errors when a rank is lost, and one of the symmetric memory's own
 kernels on GPUs, where nothing waits on the host.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain import ops
-from moetrain.moe.exchange import PROBED, ROUTED, Collective, RouteList, Sizes
+from moetrain.moe.exchange import PAIRS, RESULTS, Collective, Numbers, Per, RouteList, Sizes, amount, pack, unpack, words_of
 
 _ROUND = 2 << 20
 """Bytes: halves are multiples of it."""
@@ -34,20 +34,40 @@ class PeersUnavailable(Exception):
     """Why these ranks can't reach each other's memory. All ranks of the group raise it alike."""
 
 
+@dataclass(frozen=True)
+class _Half:
+    """own: bytes of this rank's. addresses: where each rank's are, (W,) int64 on the device. All ranks' are of one size."""
+
+    own: Tensor
+    addresses: Tensor
+
+    def behind(self, nbytes: int) -> _Half:
+        """What is left after the first bytes."""
+        return _Half(self.own[nbytes:], self.addresses + nbytes)
+
+    def push(self, x: Tensor, tokens: Tensor | None, begins: Tensor, places: Tensor) -> None:
+        ops.push_rows(x, tokens, begins, places, self.addresses, self.own.numel())
+
+    def rows(self, like: Tensor, number: int) -> Tensor:
+        """The first, of the width and dtype of `like`: no copy."""
+        return self.own[: number * like.shape[1] * like.element_size()].view(like.dtype).view(number, like.shape[1])
+
+
 @dataclass
 class _Memory:
-    """capacity: bytes of a half. own: both halves of this rank, bytes. addresses: of each half, (W,) int64 on the device. wait: until all ranks
-    are here. held: what must live as long."""
+    """wait: until all ranks are here. held: what must live as long."""
 
-    capacity: int
-    own: list[Tensor]
-    addresses: list[Tensor]
+    halves: list[_Half]
     wait: Callable[[], None]
     held: Any
 
+    @property
+    def capacity(self) -> int:
+        return self.halves[0].own.numel()
+
 
 class Peers:
-    """Row and number exchange of one group, for all layers: there is one pair of buffers, which grows with what is sent."""
+    """The exchange of one group, for all layers: there is one pair of buffers, which grows with what is sent."""
 
     name = "peers"
 
@@ -66,59 +86,74 @@ class Peers:
         by_all = every.tolist()
         return Sizes(by_all[self.rank], [row[self.rank] for row in by_all], every, by_all)
 
-    def send_rows(self, x: Tensor, pairs: RouteList, sizes: Sizes) -> Tensor:
-        """x: (T, D) -> (N, D): the row of each of `pairs`, which are sorted by rank, into its rank's memory."""
-        return self._push(x, pairs.tokens, sizes, (ROUTED, PROBED), False)
+    def send_rows(self, x: Tensor, pairs: RouteList, sizes: Sizes, numbers: Sequence[Numbers] = ()) -> tuple[Tensor, list[Tensor]]:
+        """x: (T, D) -> (N, D): the row of each of `pairs`, which are sorted by rank, into its rank's memory; and the numbers."""
+        here, behind = self._next(x, numbers, sizes, False)
+        here.push(x, pairs.tokens, *_table(sizes, PAIRS, self.rank, False))
+        self._push(numbers, behind, sizes, False)
+        self._memory.wait()
+        # A copy: the half is written again while backward still needs the rows.
+        return here.rows(x, sum(sizes.received_of(PAIRS))).clone(), _came(numbers, behind, sizes.received_of)
 
-    def return_rows(self, rows: Tensor, back: RouteList, sizes: Sizes) -> Tensor:
-        """(N, D) -> (T, D): each token's rows are added where its experts' ranks have them, in float32."""
-        memory, half = self._next(_most(sizes, (ROUTED, PROBED), False) * rows.shape[1] * rows.element_size())
-        memory.own[half][: rows.nbytes].view(rows.dtype).view(rows.shape).copy_(rows)
-        memory.wait()
+    def return_rows(self, rows: Tensor, back: RouteList, sizes: Sizes, numbers: Sequence[Numbers] = ()) -> tuple[Tensor, list[Tensor]]:
+        """(N, D) -> (T, D): each token's rows are added where its experts' ranks have them, in float32. And the numbers."""
+        here, behind = self._next(rows, numbers, sizes, True)
+        here.rows(rows, rows.shape[0]).copy_(rows)
+        self._push(numbers, behind, sizes, True)
+        self._memory.wait()
         # A rank has this rank's pairs with a route first, then those with probes only, which are not read.
-        begins, _ = _table(sizes, (ROUTED,), self.rank, False)
-        _, places = _table(sizes, (ROUTED, PROBED), self.rank, False)
-        return ops.pull_rows(rows, back.row_offsets, back.positions, begins, places, memory.addresses[half], memory.capacity)
+        begins, _ = _table(sizes, RESULTS, self.rank, False)
+        _, places = _table(sizes, PAIRS, self.rank, False)
+        y = ops.pull_rows(rows, back.row_offsets, back.positions, begins, places, here.addresses, here.own.numel())
+        return y, _came(numbers, behind, sizes.sent_of)
 
-    def numbers(self, tensor: Tensor, sizes: Sizes, *counts: int, back: bool = False) -> Tensor:
-        """(n,) -> (m,): as many numbers for each rank as the sum of `counts` says, or, `back`, the way back of as many."""
-        return self._push(tensor[:, None], None, sizes, counts, back)[:, 0]
+    def _push(self, numbers: Sequence[Numbers], behind: _Half, sizes: Sizes, back: bool) -> None:
+        if numbers:
+            message = pack(numbers, sizes.received_of if back else sizes.sent_of)
+            behind.push(message[:, None], None, *_table(sizes, words_of(numbers), self.rank, back))
 
-    def _push(self, x: Tensor, tokens: Tensor | None, sizes: Sizes, counts: tuple[int, ...], back: bool) -> Tensor:
-        width = x.shape[1]
-        memory, half = self._next(_most(sizes, counts, back) * width * x.element_size())
-        ops.push_rows(x, tokens, *_table(sizes, counts, self.rank, back), memory.addresses[half], memory.capacity)
-        memory.wait()
-        number = sum(sizes.sent_of(*counts) if back else sizes.received_of(*counts))
-        # A copy: the half is written again while backward still needs these.
-        return memory.own[half][: number * width * x.element_size()].view(x.dtype).view(number, width).clone()
-
-    def _next(self, nbytes: int) -> tuple[_Memory, int]:
-        """The half whose turn it is, with room for `nbytes`, which is the same number on all ranks."""
-        if nbytes > self._memory.capacity:
-            # Nobody is still reading the old halves when they go.
-            self._memory.wait()
-            if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).synchronize()
-            capacity = max(nbytes, self._memory.capacity * 3 // 2)
-            del self._memory
-            self._memory = self._map((capacity + _ROUND - 1) // _ROUND * _ROUND, self.group, self.device)
+    def _next(self, rows: Tensor, numbers: Sequence[Numbers], sizes: Sizes, back: bool) -> tuple[_Half, _Half]:
+        """The half whose turn it is, and what of it is behind the rows, with room for both on whatever rank needs most: all ranks come to the
+        same places without asking each other."""
+        # `push_rows` wants buffers that are aligned to 16 bytes.
+        nbytes = -(-_most(sizes, PAIRS, False) * rows.shape[1] * rows.element_size() // 16) * 16
+        self._reserve(nbytes + _most(sizes, words_of(numbers), back) * 4)
         self._turn ^= 1
-        return self._memory, self._turn
+        half = self._memory.halves[self._turn]
+        return half, half.behind(nbytes)
+
+    def _reserve(self, nbytes: int) -> None:
+        """Halves of as many bytes, which are the same number on all ranks."""
+        if nbytes <= self._memory.capacity:
+            return
+        # Nobody is still reading the old halves when they go.
+        self._memory.wait()
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        capacity = max(nbytes, self._memory.capacity * 3 // 2)
+        del self._memory
+        self._memory = self._map((capacity + _ROUND - 1) // _ROUND * _ROUND, self.group, self.device)
 
 
-def _most(sizes: Sizes, counts: tuple[int, ...], back: bool) -> int:
+def _most(sizes: Sizes, per: Per, back: bool) -> int:
     """What the rank that receives most receives."""
     assert sizes.by_all is not None, "sizes of all ranks"
-    amounts = [[sum(cell[c] for c in counts) for cell in row] for row in sizes.by_all]
+    amounts = [[amount(counts, per) for counts in row] for row in sizes.by_all]
     return max(map(sum, amounts if back else zip(*amounts)))
 
 
-def _table(sizes: Sizes, counts: tuple[int, ...], rank: int, back: bool) -> tuple[Tensor, Tensor]:
+def _came(numbers: Sequence[Numbers], behind: _Half, amounts: Callable[[Per], list[int]]) -> list[Tensor]:
+    if not numbers:
+        return []
+    length = 4 * sum(amounts(words_of(numbers)))
+    return unpack(behind.own[:length].view(torch.int32), numbers, amounts)
+
+
+def _table(sizes: Sizes, per: Per, rank: int, back: bool) -> tuple[Tensor, Tensor]:
     """Of what this rank sends, where each rank's part begins, (W + 1,); and where it begins there, after the parts of the ranks before, (W,); int32.
     Computed on the device: numbers from the host would have to be copied there."""
     assert sizes.every is not None, "sizes of all ranks"
-    amounts = sum(sizes.every[..., c] for c in counts)
+    amounts = sum(sizes.every[..., c] * n for c, n in enumerate(per) if n)
     assert isinstance(amounts, Tensor), "at least one count"
     amounts = amounts.T if back else amounts  # (from, to)
     begins = torch.nn.functional.pad(amounts[rank].cumsum(0), (1, 0)).to(torch.int32)
@@ -169,7 +204,7 @@ def _map_shared(capacity: int, group: dist.ProcessGroup, device: torch.device) -
     def wait() -> None:
         dist.barrier(group)
 
-    return _Memory(capacity, list(own.split(capacity)), [starts, starts + capacity], wait, views)
+    return _Memory([_Half(own[at : at + capacity], starts + at) for at in (0, capacity)], wait, views)
 
 
 def _machine() -> tuple[str, int]:
@@ -208,7 +243,8 @@ def _map_gpus(capacity: int, group: dist.ProcessGroup, device: torch.device) -> 
     except RuntimeError as error:  # such as GPUs without access to each other: on every rank
         raise PeersUnavailable(f"the GPUs can't reach each other's memory ({str(error).splitlines()[0]})") from None
     starts = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device)
-    return _Memory(capacity, list(whole.split(capacity)), [starts, starts + capacity], lambda: handle.barrier(channel=0), (whole, handle))
+    halves = [_Half(whole[at : at + capacity], starts + at) for at in (0, capacity)]
+    return _Memory(halves, lambda: handle.barrier(channel=0), (whole, handle))
 
 
 def open_exchange(choice: str, group: dist.ProcessGroup, device: torch.device) -> tuple[Collective | Peers, str]:

@@ -39,7 +39,7 @@ def test_kinds() -> None:
     names = {"aten::mm": "GEMM", "moetrain::experts_backward": "GEMM", "gloo:all_reduce": "communication", "aten::mul": REST, WAIT: "communication"}
     names["aten::_scaled_dot_product_flash_attention_for_cpu_backward"] = "attention"
     # The dispatcher's own functions, by their classes, in which a rank waits for others.
-    exchanges = (dispatch._SendRows, dispatch._ReturnRows, dispatch._SendWeights, dispatch._SendProbes)
+    exchanges = (dispatch._Dispatch, dispatch._Combine)
     names |= {f"{function.__name__}Backward": "communication" for function in exchanges}
     assert {name: kind_of(name) for name in names} == names
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
+from moetrain import ops
 from moetrain.config import ModelConfig, MoEConfig, SigmoidSteRouter, TopKRouter
 from moetrain.moe import exchange
 from moetrain.moe.dispatch import AllToAllDispatcher
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.peers import open_exchange
-from moetrain.moe.routing import TokenContext
+from moetrain.moe.routing import Decision, Routing, TokenContext, replay_contexts
 from tests.distributed import run
 
 ROUTERS = {
@@ -50,14 +54,21 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
     return x, grad
 
 
-def train(layer: MoELayer, x, grad, keys, group=None):
+def train(layer: MoELayer, x, grad, keys, group=None, recompute=False):
     x = x.clone().requires_grad_()
-    y, report = layer(x, TokenContext(keys=keys, num_tokens=T, group=group), x)
+
+    def forward(x):
+        return layer(x, TokenContext(keys=keys, num_tokens=T, group=group), x)
+
+    if recompute:
+        y, report = checkpoint(forward, x, use_reentrant=False, context_fn=replay_contexts, preserve_rng_state=False)
+    else:
+        y, report = forward(x)
     ((y * grad).sum() + sum(report.losses.values())).backward()
     return y.detach(), x.grad, report
 
 
-def rank_main(router: str, skew: str, shares: list[int], way: str = "collective"):
+def rank_main(router: str, skew: str, shares: list[int], way: str = "collective", recompute: bool = False):
     """One rank's part: its tokens, its experts; what is compared is gathered by the parent."""
     rank, world = dist.get_rank(), dist.get_world_size()
     layer = build(router, skew)
@@ -69,15 +80,15 @@ def rank_main(router: str, skew: str, shares: list[int], way: str = "collective"
     start = sum(shares[:rank])
     tokens = slice(start, start + shares[rank])
     x, grad = inputs()
-    sent: list[tuple[tuple[int, ...], int]] = []
+    sent: list[list[int]] = []
     original = exchange.exchange
 
-    def counted(tensor, send, receive, group):
-        sent.append((tuple(tensor.shape), tensor.nbytes))
-        return original(tensor, send, receive, group)
+    def counted(parts, group):
+        sent.append([p.tensor.nbytes for p in parts])
+        return original(parts, group)
 
     exchange.exchange = counted
-    y, dx, report = train(layer, x[tokens], grad[tokens], torch.arange(T)[tokens], dist.group.WORLD)
+    y, dx, report = train(layer, x[tokens], grad[tokens], torch.arange(T)[tokens], dist.group.WORLD, recompute)
     exchange.exchange = original
     grads = [p.grad.numpy() for p in (layer.router.weight, layer.experts.gate_up, layer.experts.down)]
     losses = {k: float(v.detach()) for k, v in report.losses.items()}
@@ -98,25 +109,78 @@ def cat(parts, i: int) -> torch.Tensor:
 def test_ranks_compute_what_one_rank_computes(way, router, skew):
     """Outputs, input gradients, router and expert gradients, losses: 2 and 4 ranks against 1, in float64; the ranks have different numbers of
     tokens, one of them none. By messages and through shared memory."""
+    for shares in ([T, 0], [5, 0, 12, 7]):
+        compare(router, skew, shares, way)
+
+
+@pytest.mark.parametrize("router", ["exact", "topk"])
+@pytest.mark.parametrize("way", ["collective", "peers"])
+def test_recomputation(way, router):
+    """The same when the layer is computed again in backward: with the plan of the first time, and the same exchange of rows as then, after the one of
+    output gradients."""
+    for part in compare(router, "mixed", [5, 0, 12, 7], way, recompute=True):
+        sent = part[-1]
+        assert way == "peers" or (len(sent) == 5 and sent[3] == sent[0])
+
+
+def compare(router: str, skew: str, shares: list[int], way: str, recompute: bool = False) -> list:
     layer = build(router, skew)
     x, grad = inputs()
     y, dx, report = train(layer, x, grad, torch.arange(T))
-    for shares in ([T, 0], [5, 0, 12, 7]):
-        parts = run(rank_main, len(shares), router, skew, shares, way)
-        close(cat(parts, 0), y)
-        close(cat(parts, 1), dx)
-        close(sum(torch.as_tensor(p[2]) for p in parts), layer.router.weight.grad)
-        close(cat(parts, 3), layer.experts.gate_up.grad)
-        close(cat(parts, 4), layer.experts.down.grad)
-        for name, value in report.losses.items():
-            close(sum(p[5][name] for p in parts), value.detach())
-        close(sum(torch.as_tensor(p[6]) for p in parts), report.stats["load"])
+    parts = run(rank_main, len(shares), router, skew, shares, way, recompute)
+    close(cat(parts, 0), y)
+    close(cat(parts, 1), dx)
+    close(sum(torch.as_tensor(p[2]) for p in parts), layer.router.weight.grad)
+    close(cat(parts, 3), layer.experts.gate_up.grad)
+    close(cat(parts, 4), layer.experts.down.grad)
+    for name, value in report.losses.items():
+        close(sum(p[5][name] for p in parts), value.detach())
+    close(sum(torch.as_tensor(p[6]) for p in parts), report.stats["load"])
+    return parts
+
+
+WANTED = [[(True, True), (True, True)], [(True, False), (False, True)], [(False, True), (False, True)]]
+"""For each rank whether gradients of rows and of weights are wanted."""
+
+
+def without_experts(way: str) -> list:
+    """Dispatch and combine alone. An expert returns what it gets, times its weight: small whole numbers, of which every dtype holds the sums."""
+    found, rank = [], dist.get_rank()
+    for dtype, wanted in itertools.product((torch.float64, torch.float32, torch.bfloat16), WANTED):
+        generator, tokens, wide = torch.Generator().manual_seed(rank), (9, 4)[rank], ops.acc_dtype(dtype)
+        x, grad = torch.randint(-2, 3, (2, tokens, 6), generator=generator).to(dtype)
+        active = torch.rand(tokens, 4, generator=generator) < 0.6
+        weights = active * torch.randint(1, 3, (tokens, 4), generator=generator).to(wide)
+        sums, products = weights.sum(1, keepdim=True).to(dtype), (x * grad).sum(1, keepdim=True).to(wide) * active
+        x.requires_grad_(wanted[rank][0])
+        weights.requires_grad_(wanted[rank][1])
+
+        ours, waits = open_exchange(way, dist.group.WORLD, torch.device("cpu"))[0], []
+        place, name = (exchange, "exchange") if way == "collective" else (ours._memory, "wait")
+        original = getattr(place, name)
+        setattr(place, name, lambda *given: (waits.append(0), original(*given))[1])
+        dispatcher = AllToAllDispatcher(ours)
+        work, plan = dispatcher.dispatch(x, Routing(Decision(active), weights))
+        total = work.weights.new_zeros(len(work.rows)).index_add(0, work.routes.tokens.long(), work.weights)
+        y = dispatcher.combine(work.rows * total.to(dtype)[:, None], plan)
+        forward = len(waits)
+        y.backward(grad)
+        setattr(place, name, original)
+        found.append([forward, len(waits) - forward, torch.equal(y, x * sums)])
+        found[-1] += [not x.requires_grad or torch.equal(x.grad, grad * sums), not weights.requires_grad or torch.equal(weights.grad, products)]
+    return found
+
+
+@pytest.mark.parametrize("way", ["collective", "peers"])
+def test_one_exchange_each_way(way):
+    """Rows, lists and weights travel together: one wait there, one home, and in backward as many, whichever gradients a rank wants; in every dtype."""
+    assert run(without_experts, 2, way) == [[[2, 2, True, True, True]] * 9] * 2
 
 
 @pytest.mark.parametrize("router", ["sampled", "off", "topk"])
 def test_bytes_on_the_wire(router, capsys):
-    """One dispatch sends the distinct (token, rank) pairs once each, plus the route lists; the way back sends one row per pair that has a
-    route; backward the same rows, and one number per route and per probe. Counted at the collective."""
+    """One exchange sends the distinct (token, rank) pairs once each, with the route lists and weights beside them; the way back sends one row per
+    pair that has a route; backward the same rows, and one number per route and per probe beside those that go home. Counted at the collective."""
     layer, (x, _) = build(router, "mixed"), inputs()
     decision = layer.router(x, TokenContext(keys=torch.arange(T))).decision
     for world in (2, 4):
@@ -125,15 +189,14 @@ def test_bytes_on_the_wire(router, capsys):
         routes, probes = int(active.sum()), int(probing.sum())
         pairs, routed = int((active | probing).any(-1).sum()), int(active.any(-1).sum())
         parts = run(rank_main, world, router, "mixed", [T // world] * world)
-        counted = [sum(p[-1][i][1] for p in parts) for i in range(len(parts[0][-1]))]
+        counted = [[sum(sent) for sent in zip(*parts_of_ranks)] for parts_of_ranks in zip(*(p[-1] for p in parts))]
         row, number = D * 8, 8
-        lists = 4 * (pairs + routes + probes)
-        expected = [lists, pairs * row, routes * number, routed * row]  # forward: lists, rows, weights; rows back
-        # backward, in the order autograd visits the nodes: output gradients, then (probes,) weights, rows
-        expected += [pairs * row] + ([probes * number] if decision.probes is not None else []) + [routes * number, routed * row]
+        lists = 4 * (pairs + routes + probes) + routes * number
+        expected = [[lists, pairs * row], [routed * row]]  # there, home
+        expected += [[pairs * row], [(routes + probes) * number, routed * row]]  # in backward, in the order in which autograd visits the nodes
         with capsys.disabled():
             print(
-                f"\n{router}, {world} ranks: {pairs} (token, rank) pairs x {row} bytes + route lists {lists + routes * number} bytes = "
-                f"{pairs * row + lists + routes * number}; counted {sum(counted[:3])}; rows for {routes} routes would be {routes * row}"
+                f"\n{router}, {world} ranks: {pairs} (token, rank) pairs x {row} bytes + route lists {lists} bytes = "
+                f"{pairs * row + lists}; counted {sum(counted[0])}; rows for {routes} routes would be {routes * row}"
             )
         assert counted == expected

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from moetrain import ops
 from moetrain.moe import peers
-from moetrain.moe.exchange import Collective, RouteList, Sizes
+from moetrain.moe.exchange import PAIRS, ROUTES, Collective, Numbers, RouteList, Sizes
 from moetrain.moe.peers import Peers, open_exchange
 from tests.distributed import run
 
@@ -81,29 +81,37 @@ def test_what_does_not_fit_is_refused():
         ops.pull_rows(x, pairs.row_offsets, pairs.positions + 99, begins, places, addresses, capacity)
 
 
-def sizes_of(exchange: Collective | Peers, numbers: list[int]) -> Sizes:
-    """As if this rank sent so many numbers to each as routes."""
-    counts = torch.zeros(len(numbers), 4, dtype=torch.int64)
-    counts[:, 2] = torch.tensor(numbers)
-    return exchange.sizes(counts)
+def one_row_each(exchange: Collective | Peers, dtype: torch.dtype, number: int) -> tuple[torch.Tensor, RouteList, Sizes]:
+    """A row for each rank and, as if they were routes, so many numbers."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    pairs = RouteList(*ops.route(torch.ones(1, world, dtype=torch.bool), world))
+    return torch.full((1, 3), 10.0 + rank, dtype=dtype), pairs, exchange.sizes(torch.tensor([[1, 0, number, 0]] * world))
 
 
-def growing() -> list[bool]:
-    """More than fits into the first buffers, then little again; there and back."""
+def growing(dtype: torch.dtype) -> list[bool]:
+    """More than fits into the first buffers, then little again; there and back; float64, float32 and int32 beside rows of `dtype`, whose size no
+    number's address is a multiple of."""
     group, rank = dist.group.WORLD, dist.get_rank()
-    exchange, same, received = Peers(group, CPU), [], []
+    exchange, plain, same, received = Peers(group, CPU), Collective(group), [], []
     for length in (3, 700_000, 5, 2_000_000, 1):
-        sizes = sizes_of(exchange, [length, length + rank])
-        sent = torch.arange(2 * length + rank, dtype=torch.float64) + 10 * rank
-        found = exchange.numbers(sent, sizes, 2)
-        same.append(torch.equal(found, Collective(group).numbers(sent, sizes, 2)))
-        same.append(torch.equal(exchange.numbers(found, sizes, 2, back=True), sent))
-        received.append((found, found.clone()))
+        length += 2 * rank
+        x, pairs, sizes = one_row_each(exchange, dtype, length)
+        wide, narrow = (torch.arange(2 * length, dtype=d) + 10 * rank for d in (torch.float64, torch.float32))
+        sent = [Numbers(wide, ROUTES), Numbers(torch.arange(2, dtype=torch.int32), PAIRS), Numbers(narrow, ROUTES)]
+        rows, found = exchange.send_rows(x, pairs, sizes, sent)
+        others, expected = plain.send_rows(x, pairs, sizes, sent)
+        same += [torch.equal(a, b) for a, b in zip([rows, *found], [others, *expected])]
+        same.append(rows.tolist() == [[10.0] * 3, [11.0] * 3] and found[1].tolist() == [rank, rank])
+        home, back = exchange.return_rows(rows * 2, pairs, sizes, [Numbers(f, n.per) for f, n in zip(found, sent)])
+        same += [torch.equal(a, n.values) for a, n in zip(back, sent)] + [torch.equal(home, 4 * x)]
+        same.append(torch.equal(plain.return_rows(rows * 2, pairs, sizes)[0], home))
+        received += [(t, t.clone()) for t in [rows, others, *found]]
     return same + [torch.equal(found, then) for found, then in received]  # what was received is not the buffer itself
 
 
-def test_buffers_grow():
-    for same in run(growing, 2):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_buffers_grow(dtype):
+    for same in run(growing, 2, dtype):
         assert all(same)
 
 
@@ -117,10 +125,11 @@ def slow() -> bool:
         time.sleep(0.05 if rank == 0 else 0)
 
     exchange._memory.wait = late
-    sizes, good = sizes_of(exchange, [4, 4]), True
+    x, pairs, sizes = one_row_each(exchange, torch.float32, 4)
+    good = True
     for i in range(8):
-        found = exchange.numbers(torch.full((8,), 2.0 * i + rank), sizes, 2)
-        good = good and found.tolist() == [2.0 * i] * 4 + [2.0 * i + 1] * 4
+        rows, (found,) = exchange.send_rows(x + i, pairs, sizes, [Numbers(torch.full((8,), 2.0 * i + rank), ROUTES)])
+        good = good and found.tolist() == [2.0 * i] * 4 + [2.0 * i + 1] * 4 and rows[:, 0].tolist() == [10.0 + i, 11.0 + i]
     return good
 
 
@@ -182,9 +191,11 @@ def on_one_gpu() -> list[float]:
     gpu = RouteList(*(t.to(device) for t in pairs))
     away = []
     for _ in range(5):
-        want, got = plain.send_rows(x, pairs, sizes), exchange.send_rows(x.to(device), gpu, here)
-        away.append(float((got.cpu() - want).abs().max()))
-        back, got = plain.return_rows(2 * want, pairs, sizes), exchange.return_rows(2 * got, gpu, here)
+        numbers = [Numbers(torch.arange(len(pairs.tokens), dtype=torch.int32), PAIRS)]
+        there = [Numbers(n.values.to(device), n.per) for n in numbers]
+        (want, [said]), (got, [heard]) = plain.send_rows(x, pairs, sizes, numbers), exchange.send_rows(x.to(device), gpu, here, there)
+        away += [float((got.cpu() - want).abs().max()), float((heard.cpu() - said).abs().max())]
+        (back, _), (got, _) = plain.return_rows(2 * want, pairs, sizes), exchange.return_rows(2 * got, gpu, here)
         away.append(float((got.cpu() - back).abs().max()))
     return away
 
@@ -193,4 +204,4 @@ def on_one_gpu() -> list[float]:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_ranks_of_one_gpu():
     for away in run(on_one_gpu, 2):
-        assert away == [0.0] * 10
+        assert away == [0.0] * 15
