@@ -422,6 +422,7 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"model": model(rope_scaling={"type": "yarn", "factor": 2.0})}, "model.rope_scaling.original_max_position_embeddings: missing; type yarn needs it"),
     ({"model": model(rope_scaling={"type": "linear", "factor": 2.0, "beta_fast": 3.0})}, "model.rope_scaling.beta_fast (3.0) has no effect with type: linear"),
     ({"model": model(), "parallel": {"ep": 2}}, "parallel.ep (2) needs model.moe"),
+    ({"model": moe(), "parallel": {"exchange": "peers"}}, "parallel.exchange (peers) has an effect only with parallel.ep above 1; use auto, or"),
     ({"model": moe(mlp_bias=True)}, "model.mlp_bias: experts have no bias"),
     ({"model": moe(num_experts=65536, num_layers=4000)}, "model.moe.num_experts (65536) in 4000 sparse layers are more than 1,048,576 experts"),
     ({"model": moe(), "parallel": {"ep": 3}}, "model.moe.num_experts (8) must be a multiple of parallel.ep (3); nearest: 2"),

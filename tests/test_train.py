@@ -225,7 +225,7 @@ def layout_id(layout: tuple[int, int, int]) -> str:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
 def test_ranks_equal_one_rank(layout, data, tmp_path):
     # Messages and shared memory by turns.
-    ways = [("collective", "peers")[i % 2] for i in range(len(ROUTERS))]
+    ways = [("collective", "peers")[i % 2] if layout[2] > 1 else "auto" for i in range(len(ROUTERS))]
     configs = [
         make_config(data, router, layout, run_dir=str(tmp_path / router), parallel__exchange=way) for router, way in zip(ROUTERS, ways)
     ]

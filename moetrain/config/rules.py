@@ -19,6 +19,8 @@ def check(config: Config) -> list[str]:
     model, train, parallel, data = config.model, config.train, config.parallel, config.data
     if parallel.dp_shard == 0:
         bad.append("parallel.dp_shard: 0 ranks; use -1 for all that are left, or 1 and more")
+    if parallel.exchange != "auto" and parallel.ep == 1:
+        bad.append(f"parallel.exchange ({parallel.exchange}) has an effect only with parallel.ep above 1; use auto, or spread the experts over ranks")
     if model is not None:
         _check_model(model, parallel, bad)
     if train is not None:

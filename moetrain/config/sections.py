@@ -83,8 +83,8 @@ class ParallelConfig(Section):
     ep: Positive = 1
     """Ranks that share the experts of a layer between them; divides num_experts."""
     exchange: Literal["auto", "collective", "peers"] = "auto"
-    """How tokens get to the ranks of their experts and back. `collective`: all-to-alls of NCCL or gloo. `peers`: straight into the memory of
-    the other ranks, which must be on one machine. `auto`: peers on CPUs where that is possible, else collective."""
+    """How tokens get to the ranks of their experts and back, with ep above 1. `collective`: all-to-alls of NCCL or gloo. `peers`: straight into the
+    memory of the other ranks, which must be on one machine. `auto`: peers on CPUs where that is possible, else collective."""
     timeout_seconds: Positive = 600
     """A collective that takes longer ends the run."""
 
