@@ -210,7 +210,8 @@ class _CrossEntropy(torch.autograd.Function):
                 else:
                     grad_weight += grad_logits.T @ hidden[part]
         losses = torch.where(counts, losses, 0)
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        # Not `save_for_backward`: backward scales them where they are, since another gradient of a large vocabulary's weight may not fit.
+        ctx.made = [grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)]
         token_losses = losses.float() if wide == torch.float64 else losses.clone()
         ctx.mark_non_differentiable(token_losses)
         return losses.sum(), token_losses
@@ -218,7 +219,10 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grad_hidden, grad_weight = (None if made is None else made * grad for made in ctx.saved_tensors)
+        if ctx.made is None:
+            raise RuntimeError("cross_entropy: backward a second time; its gradients went with the first, so compute the loss again")
+        grad_hidden, grad_weight = (None if made is None else made.mul_(grad) for made in ctx.made)
+        ctx.made = None
         return grad_hidden, grad_weight, None, None
 
 

@@ -108,11 +108,15 @@ def test_loss_and_gradients_are_those_of_plain_cross_entropy(name, monkeypatch):
             assert (grads[n] - p.grad).abs().max() < 1e-10, n
 
 
-def test_cross_entropy_gradcheck_and_extremes():
+def test_cross_entropy_gradients_and_extremes():
+    """Both gradients, times what comes from above, against torch's own in float64; and inputs that are easily NaN."""
     hidden = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, 6, -100, 3, 3])
-    assert torch.autograd.gradcheck(lambda h, w: cross_entropy(h, w, labels)[0], (hidden, weight))
+    ours = torch.autograd.grad(-0.37 * cross_entropy(hidden, weight, labels)[0], (hidden, weight))
+    torchs = torch.autograd.grad(-0.37 * F.cross_entropy(hidden @ weight.T, labels, ignore_index=-100, reduction="sum"), (hidden, weight))
+    for a, b in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
     # No label at all, no token at all, and logits that overflow a naive exponential.
     for h, y in ((hidden, torch.full((5,), -100)), (hidden[:0], labels[:0])):
         loss, _ = cross_entropy(h, weight, y)
@@ -134,6 +138,15 @@ def test_cross_entropy_makes_what_is_wanted(hidden_grad, weight_grad, grad_enabl
     assert loss.requires_grad == (grad_enabled and hidden_grad + weight_grad > 0)
     assert counter.get_total_flops() == 2 * 5 * 4 * 7 * (1 + (hidden_grad + weight_grad) * grad_enabled)
     assert [x.grad is not None for x in (hidden, weight)] == [bool(hidden_grad and grad_enabled), bool(weight_grad and grad_enabled)]
+
+
+def test_cross_entropy_refuses_a_second_backward():
+    """Its gradients are scaled in place: once more would be silently wrong."""
+    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4)
+    loss, _ = cross_entropy(hidden, weight, torch.tensor([0, 6, -100, 3, 3]))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="cross_entropy: backward a second time"):
+        loss.backward()
 
 
 def test_weight_gradient_of_many_chunks_in_bfloat16(monkeypatch):
