@@ -87,6 +87,21 @@ def test_gradients_of_packed_documents_are_those_of_separate_ones(lengths, windo
         assert torch.allclose(ours, torch.cat(theirs, dim=1), rtol=0, atol=1e-12)
 
 
+def test_neighbours_of_one_length_share_a_call(monkeypatch):
+    """Rows of one document each, but for the third: it and its neighbours are four calls, and every token gets what it gets alone, bit for bit."""
+    q, k, v = random_qkv(4, 6, 4, 2, 8, torch.float32)
+    ids = torch.tensor([[0] * 6, [1] * 6, [2] * 2 + [3] * 4, [4] * 6], dtype=torch.int32)
+    calls, real = [], attention._scaled_dot_product
+    monkeypatch.setattr(attention, "_scaled_dot_product", lambda q, *rest: (calls.append(tuple(q.shape[:2])), real(q, *rest))[1])
+    together = attend(q, k, v, make_layout(*tables(4, 6, 8), ids, {None}, torch.float32, "sdpa"), None)
+    assert calls == [(2, 6), (1, 2), (1, 4), (1, 6)]
+    for i in range(5):
+        row, at = ids == i, (ids == i).any(1).nonzero().item()
+        alone = [x[at : at + 1, row[at]] for x in (q, k, v)]
+        length = alone[0].shape[1]
+        assert torch.equal(together[row], attend(*alone, make_layout(*tables(1, length, 8), None, {None}, torch.float32, "sdpa"), None)[0])
+
+
 def test_document_positions_restart():
     assert document_positions(torch.tensor([[4, 4, 4, 2, 2, 4], [1, 2, 3, 3, 3, 3]])).tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 0, 1, 2, 3]]
 
