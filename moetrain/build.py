@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from moetrain import config as schema
-from moetrain.attention import Attention, LatentAttention, rotate
+from moetrain.attention import Attention, LatentAttention, rotate_halves
 from moetrain.checkpoint import find_steps, read_full, read_meta
 from moetrain.config import Config, ConfigError, ModelConfig, NonNegative, TrainConfig
 from moetrain.convert import huggingface
@@ -106,7 +106,7 @@ def compile_parts(model: Transformer, device: torch.device) -> None:
     if device.type == "cpu" and shutil.which(compiler) is None:
         missing = f"torch.compile needs a C++ compiler, and {compiler} is not there; install it, name one in CXX, or leave it out"
         raise ConfigError(f"train.compile (true): {missing}")
-    norm, rotation = (torch.compile(f, dynamic=True) for f in (RMSNorm.compute, rotate))
+    norm, rotation = (torch.compile(f, dynamic=True) for f in (RMSNorm.compute, rotate_halves))
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.compute = norm

@@ -24,6 +24,7 @@ from moetrain.attention import (
     rope_frequencies,
     rope_tables,
     rotate,
+    rotate_halves,
 )
 from moetrain.config import MLAConfig, ModelConfig, RopeScaling
 
@@ -134,6 +135,17 @@ def test_rotation_depends_on_distance_alone():
     assert abs(product(7, 3) - product(104, 100)) < 1e-12 and abs(product(7, 3) - product(7, 4)) > 1e-3
     cos, _ = rope_tables(frequencies, 1.0, torch.tensor([[100_000]]), torch.bfloat16)
     assert cos.dtype == torch.float32 and rotate(torch.ones(1, 1, 1, 6, dtype=torch.bfloat16), cos, cos).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_both_ways_to_rotate_are_one(dtype):
+    """Output and gradient, bit for bit."""
+    cos, sin = rope_tables(torch.tensor([1.0, 0.3, 0.01, 2.0]), 1.5, torch.arange(10).view(2, 5) * 7, dtype)
+    x, upstream = (torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(s)).to(dtype) for s in (0, 1))
+    x.requires_grad_()
+    plain, halves = rotate(x, cos, sin), rotate_halves(x, cos, sin)
+    assert plain.dtype == dtype and torch.equal(plain, halves)
+    assert torch.equal(*(torch.autograd.grad(y, x, upstream)[0] for y in (plain, halves)))
 
 
 def test_norm():
