@@ -10,8 +10,8 @@ N rows this rank receives, R routes and Q probe routes this rank computes.
 Pairs that exist only for probe routes bring a row, send none back, and in backward bring the row's output gradient and send back one number
 per probe.
 
-Between ranks a layer waits three times in forward: for the sizes of what comes (one small exchange), for rows with their route lists and weights
-(one), and for results (one); and twice in backward: for the results' gradients, and for the rows' gradients with those of weights and probes.
+Between ranks there are three exchanges in forward: sizes of what comes, rows with their route lists and weights, and results; and two in backward:
+the results' gradients, and the rows' gradients with those of weights and probes. Each is one wait.
 """
 
 from __future__ import annotations
