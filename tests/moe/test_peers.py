@@ -82,28 +82,29 @@ def test_what_does_not_fit_is_refused():
 
 
 def one_row_each(exchange: Collective | Peers, dtype: torch.dtype, number: int) -> tuple[torch.Tensor, RouteList, Sizes]:
-    """A row for each rank and, as if they were routes, so many numbers."""
-    world, rank = dist.get_world_size(), dist.get_rank()
-    pairs = RouteList(*ops.route(torch.ones(1, world, dtype=torch.bool), world))
-    return torch.full((1, 3), 10.0 + rank, dtype=dtype), pairs, exchange.sizes(torch.tensor([[1, 0, number, 0]] * world))
+    """A row for the other of two ranks and, as if they were routes, so many numbers for each."""
+    rank = dist.get_rank()
+    pairs = RouteList(*ops.route(torch.arange(2)[None] != rank, 1))
+    return torch.full((1, 3), 10.0 + rank, dtype=dtype), pairs, exchange.sizes(torch.tensor([[int(w != rank), 0, number, 0] for w in range(2)]))
 
 
 def growing(dtype: torch.dtype) -> list[bool]:
-    """More than fits into the first buffers, then little again; there and back; float64, float32 and int32 beside rows of `dtype`, whose size no
-    number's address is a multiple of."""
+    """More than fits into the first buffers, then little again; there and back; float64, float32 and int32 beside a row of `dtype`, behind which no
+    number could lie without a gap."""
     group, rank = dist.group.WORLD, dist.get_rank()
     exchange, plain, same, received = Peers(group, CPU), Collective(group), [], []
-    for length in (3, 700_000, 5, 2_000_000, 1):
+    for step, length in enumerate((3, 700_000, 5, 2_000_000, 1)):
         length += 2 * rank
         x, pairs, sizes = one_row_each(exchange, dtype, length)
+        x += step
         wide, narrow = (torch.arange(2 * length, dtype=d) + 10 * rank for d in (torch.float64, torch.float32))
-        sent = [Numbers(wide, ROUTES), Numbers(torch.arange(2, dtype=torch.int32), PAIRS), Numbers(narrow, ROUTES)]
+        sent = [Numbers(wide, ROUTES), Numbers(torch.tensor([rank], dtype=torch.int32), PAIRS), Numbers(narrow, ROUTES)]
         rows, found = exchange.send_rows(x, pairs, sizes, sent)
         others, expected = plain.send_rows(x, pairs, sizes, sent)
         same += [torch.equal(a, b) for a, b in zip([rows, *found], [others, *expected])]
-        same.append(rows.tolist() == [[10.0] * 3, [11.0] * 3] and found[1].tolist() == [rank, rank])
+        same.append(rows.tolist() == [[11.0 - rank + step] * 3] and found[1].tolist() == [1 - rank])
         home, back = exchange.return_rows(rows * 2, pairs, sizes, [Numbers(f, n.per) for f, n in zip(found, sent)])
-        same += [torch.equal(a, n.values) for a, n in zip(back, sent)] + [torch.equal(home, 4 * x)]
+        same += [torch.equal(a, n.values) for a, n in zip(back, sent)] + [torch.equal(home, 2 * x)]
         same.append(torch.equal(plain.return_rows(rows * 2, pairs, sizes)[0], home))
         received += [(t, t.clone()) for t in [rows, others, *found]]
     return same + [torch.equal(found, then) for found, then in received]  # what was received is not the buffer itself
@@ -129,7 +130,7 @@ def slow() -> bool:
     good = True
     for i in range(8):
         rows, (found,) = exchange.send_rows(x + i, pairs, sizes, [Numbers(torch.full((8,), 2.0 * i + rank), ROUTES)])
-        good = good and found.tolist() == [2.0 * i] * 4 + [2.0 * i + 1] * 4 and rows[:, 0].tolist() == [10.0 + i, 11.0 + i]
+        good = good and found.tolist() == [2.0 * i] * 4 + [2.0 * i + 1] * 4 and rows[:, 0].tolist() == [11.0 - rank + i]
     return good
 
 
