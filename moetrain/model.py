@@ -176,7 +176,8 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tenso
 
     hidden: (T, D). weight: (V, D). labels: (T,) int64, -100 where there is no loss. Returns the sum, a float32 (float64 for float64)
     scalar with gradients, and the loss of each token, (T,) float32, without. Where gradients are wanted they are made here, chunk by chunk, since
-    a scalar's gradient can only scale them: no logits are computed twice (as Liger Kernel does, arXiv 2410.10989).
+    a scalar's gradient can only scale them: no logits are computed twice (as Liger Kernel does, arXiv 2410.10989). A second backward through the
+    same loss raises RuntimeError: the first scaled them in place.
     """
     return _CrossEntropy.apply(hidden, weight, labels, torch.is_grad_enabled())
 

@@ -152,8 +152,8 @@ def experts(rows: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, tokens
     """The experts' SwiGLU FFNs over a route list and their weighted sums per row, in one pass. Where `has_experts` says so.
 
     rows: (N, D). gate_up: (E, 2 F, D), the gate's rows first. down: (E, D, F). weights: (R,) float32.
-    tokens: (R,) int32, the row of each route, sorted by expert. counts: (E,) int32, routes per expert; where they add up
-    to less than R, the rest is padding.
+    tokens: (R,) int32, the row of each route, sorted by expert, then row, as `route` gives them; RuntimeError if an expert's
+    do not ascend. counts: (E,) int32, routes per expert; where they add up to less than R, the rest is padding.
 
     Returns:
         out: (N, D), sum over the routes r of a row of weights[r] * (silu(x G^T) * (x U^T)) V^T. The sum and all products are in

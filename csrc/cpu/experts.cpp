@@ -109,7 +109,7 @@ int64_t slice_columns(int64_t dim, int64_t threads, int64_t most) {
 }
 
 // Of forward in bfloat16, which is there for as long as what it keeps: the halves of its sums beside the result (SplitSums) are a tenth of that at
-// most, whatever the number of threads. Few tokens and many columns, or many and few? All columns of a token want its routes' operands made once
+// most for all threads together, as far as the narrowest slices allow. Few tokens and many columns, or many and few? All columns of a token want its routes' operands made once
 // more, all tokens of a column its experts' panels packed once more; a route's column of operands costs as much as 3 of a panel and as 100 of its
 // products (measured, with AVX512-BF16). An expert has a block of rows in each part of the tokens.
 Slice forward_slice(const ExpertsArgs& a) {
@@ -288,8 +288,9 @@ Panels<bfloat16> rows_panels(const bfloat16* w, int64_t ldw, int64_t K, int64_t 
   return {panels, kColumns, even<bfloat16>(K) * kColumns};
 }
 
-// Columns d0 .. d0 + width of the sums of tokens sums.first .. + num_tokens, over the routes of t, of left[route] @ B(expert). operand (R, row_bytes): what left(begin, rows, memory) makes rows
-// (.., K) of A from, from route `begin` on; pack(expert, d, n, panels) makes the panels of B's columns d .. d + n.
+// Columns d0 .. d0 + width of the sums, for each token from sums.first on, num_tokens of them, over its routes of left[route] @ B(expert).
+// operand (R, row_bytes): what left(begin, rows, memory) makes rows (.., K) of A from, from route `begin` on; pack(expert, d, n, panels) makes the
+// panels of B's columns d .. d + n.
 template <class T, class S, class Left, class Pack>
 void add_products(
     const ExpertsArgs& a, const SumScratch<T>& s, int64_t d0, int64_t width, int64_t K, const S& sums, int64_t num_tokens, const void* operand,
