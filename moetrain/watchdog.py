@@ -14,6 +14,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -284,14 +285,18 @@ class Watchdog:
             print(f"{name}: {text}", file=sys.stderr, flush=True)
 
 
+_GLOO = re.compile("gloo|caused pair closure")
+
+
 def collective_of(error: BaseException) -> str | None:
-    """Name of the collective that failed and the place that called it, such as `all_to_all_single (moe/exchange.py:64, exchange)`; None: the
-    error is another one. gloo has no error class of its own, but its name stands in the text."""
+    """Name of the collective that failed and the place that called it, such as `all_to_all_single (moe/exchange.py:64, all_to_all)`; None: the
+    error is another one. gloo has no error class of its own; its name stands in the text, but not in that of the collectives under way beside one
+    that has timed out."""
     import torch.distributed as dist
 
     found: BaseException | None = error
     while found is not None:
-        if isinstance(found, dist.DistError) or (isinstance(found, RuntimeError) and "gloo" in str(found)[:200]):
+        if isinstance(found, dist.DistError) or (isinstance(found, RuntimeError) and _GLOO.search(str(found)[:200])):
             stack = [(f.f_code.co_filename, line, f.f_code.co_name) for f, line in traceback.walk_tb(found.__traceback__)]
             return _place(stack) or "a collective"
         found = found.__cause__

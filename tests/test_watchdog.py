@@ -166,6 +166,7 @@ def test_collective_of() -> None:
 
     ours = str(ROOT / "moetrain/moe/x.py")
     assert collective_of(raised(RuntimeError("[/gloo/pair.cc:5] Connection closed by peer"), ours)) == "all_reduce (moe/x.py:2, step)"
+    assert collective_of(raised(RuntimeError("Application timeout caused pair closure"), ours)) == "all_reduce (moe/x.py:2, step)"
     wrapped = ValueError("y")
     wrapped.__cause__ = raised(RuntimeError("[/gloo/pair.cc:5] closed"), ours)
     assert collective_of(wrapped) == "all_reduce (moe/x.py:2, step)"

@@ -22,7 +22,7 @@ from moetrain.bench.measure import Table
 from moetrain.bench.problem import Problem, Shape, make
 from moetrain.config import ConfigError
 from moetrain.moe.dispatch import AllToAllDispatcher
-from moetrain.moe.exchange import Collective, Part, exchange
+from moetrain.moe.exchange import Collective, Part, all_to_all
 from moetrain.moe.peers import Peers, open_exchange
 from moetrain.moe.routing import Decision, Routing
 
@@ -104,7 +104,7 @@ def ways_of(problem: Problem, ranks: int, group: dist.ProcessGroup) -> dict[str,
     decision = Decision(active)
 
     def move(rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        return exchange([Part(rows, send, receive)], group)[0]
+        return all_to_all([Part(rows, send, receive)], group)[0]
 
     def ours(dispatcher: AllToAllDispatcher) -> Tensor:
         x.grad = weights.grad = None

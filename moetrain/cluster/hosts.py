@@ -31,6 +31,7 @@ launch() {
 _WATCH = r"""nodes=() others=() stopping=0 code=0
 # ssh without a terminal hands no signal on, so each node has left the process number of its launcher.
 stop() {
+    local i # apart from that of the loops in whose middle this runs
     [ "$stopping" -eq 0 ] || return 0
     stopping=1
     for i in "${!hosts[@]}"; do

@@ -112,12 +112,12 @@ class Part(NamedTuple):
     output: Tensor | None = None
 
 
-def exchange(parts: Sequence[Part], group: dist.ProcessGroup) -> list[Tensor]:
+def all_to_all(parts: Sequence[Part], group: dist.ProcessGroup) -> list[Tensor]:
     """What is received of each part: (sum(receive), ...). All are under way before one is waited for. In one message to each rank they would have
     to be copied apart; so each is received where it stays."""
     outputs = [p.tensor.new_empty((sum(p.receive), *p.tensor.shape[1:])) if p.output is None else p.output for p in parts]
     works = [
-        # The last is waited for in torch's function, whose name an error then has.
+        # The last is waited for in torch's function: an error then has that name, as one of the others has this function's.
         dist.all_to_all_single(output, p.tensor, p.receive, p.send, group=group, async_op=p is not parts[-1])
         for p, output in zip(parts, outputs)
     ]
@@ -163,9 +163,9 @@ class Collective:
 
     def _exchange(self, rows: Part, numbers: Sequence[Numbers], there: _Amounts, here: _Amounts) -> tuple[Tensor, list[Tensor]]:
         if not numbers:
-            return exchange([rows], self.group)[0], []
+            return all_to_all([rows], self.group)[0], []
         per = words_of(numbers)
-        message, came = exchange([Part(pack(numbers, there), there(per), here(per)), rows], self.group)
+        message, came = all_to_all([Part(pack(numbers, there), there(per), here(per)), rows], self.group)
         return came, unpack(message, numbers, here)
 
     def _buffer(self, which: int, like: Tensor, rows: int) -> Tensor:
