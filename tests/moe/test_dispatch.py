@@ -82,14 +82,14 @@ def rank_main(router: str, skew: str, shares: list[int], way: str = "collective"
     tokens = slice(start, start + shares[rank])
     x, grad = inputs()
     sent: list[list[int]] = []
-    original = exchange.exchange
+    original = exchange.all_to_all
 
     def counted(parts, group):
         sent.append([p.tensor.nbytes for p in parts])
         return original(parts, group)
 
     ours = layer.dispatcher.exchange
-    with mock.patch.object(exchange, "exchange", counted), mock.patch.object(ours, "sizes", wraps=ours.sizes) as sizes:
+    with mock.patch.object(exchange, "all_to_all", counted), mock.patch.object(ours, "sizes", wraps=ours.sizes) as sizes:
         y, dx, report = train(layer, x[tokens], grad[tokens], torch.arange(T)[tokens], dist.group.WORLD, recompute)
     grads = [p.grad.numpy() for p in (layer.router.weight, layer.experts.gate_up, layer.experts.down)]
     losses = {k: float(v.detach()) for k, v in report.losses.items()}
@@ -157,7 +157,7 @@ def without_experts(way: str) -> list:
         weights.requires_grad_(wanted[rank][1])
 
         ours = open_exchange(way, dist.group.WORLD, torch.device("cpu"))[0]
-        dispatcher, place = AllToAllDispatcher(ours), (exchange, "exchange") if way == "collective" else (ours._memory, "wait")
+        dispatcher, place = AllToAllDispatcher(ours), (exchange, "all_to_all") if way == "collective" else (ours._memory, "wait")
         with mock.patch.object(*place, wraps=getattr(*place)) as waits:
             work, plan = dispatcher.dispatch(x, Routing(Decision(active), weights))
             total = work.weights.new_zeros(len(work.rows)).index_add(0, work.routes.tokens.long(), work.weights)
