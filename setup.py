@@ -76,7 +76,7 @@ def files(pattern: str) -> list[str]:
 
 def extension() -> Extension:
     """The extension as torch's build helper wants it."""
-    sources = ["csrc/ops.cpp", *files("csrc/cpu/*.cpp")]
+    sources = [*files("csrc/*.cpp"), *files("csrc/cpu/*.cpp")]
     macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
     cxx_flags = ["-O3", "-Wall", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
     if use_cuda():

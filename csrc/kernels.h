@@ -129,6 +129,13 @@ struct PullArgs {
   void* out;                   // (T, D)
 };
 
+// Threads that may work, and scratch for each of them.
+struct Threads {
+  int64_t number;
+  void* memory;  // aligned to 64
+  int64_t bytes_per_thread;
+};
+
 // The experts' SwiGLU FFNs over a route list, CPU, float32 and bfloat16. out[t] = sum over the routes r of t of
 // weights[r] (silu(x G^T) * (x U^T)) V^T, with x = rows[tokens[r]], G | U and V the expert's matrices; and its derivatives. The probe pass
 // computes grad_weights alone, from rows and grad. Rows "+ 8" are never read for a result: blocks of rows are rounded up.
@@ -155,9 +162,51 @@ struct ExpertsArgs {
   void* grad_gate_up;     // (E, 2 F, D), or null
   void* grad_down;        // (E, D, F), or null
   float* grad_weights;    // (R,): <grad[tokens[r]], output of the expert before its weight>; of later routes not written
-  int64_t num_threads;    // that may work
-  void* workspace;        // experts_workspace() bytes, aligned to 64
-  int64_t workspace_bytes;
+  Threads threads;        // each with experts_scratch() bytes
+};
+
+// The k largest of each row, the largest first; among equals the lower expert. CPU.
+struct LargestArgs {
+  const float* scores;  // (T, E)
+  int64_t num_tokens;   // T
+  int64_t num_experts;  // E
+  int64_t k;            // 0 to E
+  int64_t* experts;     // (T, k)
+};
+
+// out = each active score over the sum of its row's active scores, which counts as 1 where it is not positive; 0 elsewhere. With `grad`: the derivative
+// with respect to the scores. CPU.
+struct ShareArgs {
+  const float* scores;    // (T, E)
+  const uint8_t* active;  // (T, E), 0 or not
+  const float* grad;      // (T, E): of the shares, or null
+  int64_t num_tokens;     // T
+  int64_t num_experts;    // E
+  float* out;             // (T, E)
+};
+
+// How many are not 0 in each column and in each row. CPU.
+struct CountArgs {
+  const uint8_t* mask;  // (T, E)
+  int64_t num_tokens;   // T
+  int64_t num_experts;  // E
+  int32_t* of_experts;  // (E,)
+  int32_t* of_tokens;   // (T,)
+};
+
+// A router's logits from narrower hidden states, CPU: logits = x W^T of x in bfloat16 and W in float32, computed in float32; and its derivatives.
+struct WideLinearArgs {
+  const void* x;          // (T, D) bfloat16
+  const float* weight;    // (E, D)
+  const float* grad;      // (T, E): of the logits; backward
+  int64_t num_tokens;     // T
+  int64_t num_experts;    // E
+  int64_t dim;            // D
+  float* logits;          // (T, E); forward
+  void* grad_x;           // (T, D) bfloat16, or null; backward
+  float* grad_weight;     // (E, D), or null; backward
+  float* packed;          // wide_linear_packed() numbers, temporary
+  Threads threads;        // each with wide_linear_scratch() bytes
 };
 
 namespace cpu {
@@ -173,10 +222,17 @@ void push_rows(const PushArgs& args);
 void pull_rows(const PullArgs& args);
 bool has_experts(DType dtype);  // whether this torch on this processor has what the passes below are made of
 int64_t experts_row_elements(DType dtype, int64_t dim);
-int64_t experts_workspace(const ExpertsArgs& args, ExpertsPass pass);
+int64_t experts_scratch(const ExpertsArgs& args, ExpertsPass pass);
 void experts_forward(const ExpertsArgs& args);
 void experts_backward(const ExpertsArgs& args);
 void experts_probe(const ExpertsArgs& args);
+void largest(const LargestArgs& args);
+void share(const ShareArgs& args);
+void count(const CountArgs& args);
+int64_t wide_linear_packed(const WideLinearArgs& args);
+int64_t wide_linear_scratch(const WideLinearArgs& args);
+void wide_linear(const WideLinearArgs& args);
+void wide_linear_backward(const WideLinearArgs& args);
 }  // namespace cpu
 
 // `stream` is a cudaStream_t. A kernel never waits for the device. Launch errors are thrown as std::runtime_error.

@@ -1,27 +1,20 @@
 // The operators of the namespace `moetrain`: all schemas, and for each the checks, the allocation and the call of its kernel.
 //
-// An operator function serves the CPU and CUDA alike. Arguments may have any strides; they are made contiguous here, because
-// gradients often arrive expanded. Python wrappers, shapes without data and gradient formulas are in moetrain/ops.py.
+// An operator function serves the CPU and CUDA alike; those for the CPU alone are in ops_cpu.cpp. Arguments may have any strides; they are made
+// contiguous here, because gradients often arrive expanded. Python wrappers, shapes without data and gradient formulas are in moetrain/ops.py.
 #include <Python.h>
 
 #include <algorithm>
 #include <limits>
-#include <optional>
 #include <tuple>
-#include <vector>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include "checks.h"
 #include "kernels.h"
+#include "tensors.h"
 
 STABLE_TORCH_LIBRARY(moetrain, m) {
   m.def("route(Tensor mask, SymInt num_routes, bool padded=False) -> (Tensor tokens, Tensor counts, Tensor row_offsets, Tensor positions)");
@@ -42,14 +35,17 @@ STABLE_TORCH_LIBRARY(moetrain, m) {
   m.def(
       "experts_backward(Tensor grad, Tensor rows, Tensor gate_up, Tensor down, Tensor weights, Tensor pre, Tensor tokens, Tensor counts, "
       "bool[3] needs) -> (Tensor grad_rows, Tensor grad_gate_up, Tensor grad_down, Tensor grad_weights)");
+  m.def("largest(Tensor scores, int k) -> Tensor");
+  m.def("share(Tensor scores, Tensor active) -> Tensor");
+  m.def("share_backward(Tensor grad, Tensor scores, Tensor active) -> Tensor");
+  m.def("count(Tensor mask) -> (Tensor of_experts, Tensor of_tokens)");
+  m.def("wide_linear(Tensor x, Tensor weight) -> Tensor");
+  m.def("wide_linear_backward(Tensor grad, Tensor x, Tensor weight, bool[2] needs) -> (Tensor grad_x, Tensor grad_weight)");
   m.def("experts_probe(Tensor grad, Tensor rows, Tensor gate_up, Tensor down, Tensor tokens, Tensor counts) -> Tensor");
 }
 
 namespace moetrain {
 namespace {
-
-using torch::stable::contiguous;
-using OptionalTensor = std::optional<Tensor>;
 
 // Calls cpu::KERNEL(args) or cuda::KERNEL(args, stream), whichever `tensor` lives on.
 #ifdef USE_CUDA
@@ -70,55 +66,6 @@ void* current_stream(const Tensor& tensor) {
 #else
 #define LAUNCH(KERNEL, tensor, args) cpu::KERNEL(args)
 #endif
-
-DType data_dtype(const char* op, const char* name, const Tensor& tensor) {
-  const ScalarType dtype = tensor.scalar_type();
-  if (dtype == ScalarType::Float) return DType::f32;
-  if (dtype == ScalarType::BFloat16) return DType::bf16;
-  if (dtype == ScalarType::Double) return DType::f64;
-  if (dtype == ScalarType::Half && tensor.is_cuda()) return DType::f16;
-  const char* expected =
-      tensor.is_cuda() ? "float32, bfloat16, float16 or float64" : "float32, bfloat16 or float64 (on the CPU)";
-  fail(op, name, expected, dtype_name(dtype));
-}
-
-ScalarType acc_dtype(const Tensor& data) {
-  return data.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
-  return torch::stable::empty({sizes.begin(), sizes.size()}, dtype, std::nullopt, like.device());
-}
-
-// Weights are one acc number per row, or none, which means 1.
-OptionalTensor checked_weights(const char* op, const OptionalTensor& weights, const Tensor& data, int64_t num_rows) {
-  if (!weights) return std::nullopt;
-  check_device(op, "weights", *weights, data);
-  check_dtype(op, "weights", *weights, acc_dtype(data));
-  check_shape(op, "weights", *weights, {num_rows});
-  return contiguous(*weights);
-}
-
-const void* data_or_null(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
-
-Tensor checked_index(const char* op, const char* name, const Tensor& index, int64_t size, const Tensor& like) {
-  check_device(op, name, index, like);
-  check_dtype(op, name, index, ScalarType::Int);
-  check_shape(op, name, index, {size});
-  return contiguous(index);
-}
-
-// Refuses indices outside [0, bound), so that a wrong route table can't read or write foreign memory. On CUDA the kernels
-// check the same where they use an index: looking here would wait for the device.
-void check_range(const char* op, const char* name, const Tensor& index, int64_t bound) {
-  if (!index.is_cpu() || index.numel() == 0) return;
-  const int32_t* values = static_cast<const int32_t*>(index.const_data_ptr());
-  const int64_t size = index.numel();
-  uint32_t largest = 0;  // a negative index is a large unsigned number
-  for (int64_t i = 0; i < size; ++i) largest = std::max(largest, static_cast<uint32_t>(values[i]));
-  if (largest < bound) return;
-  fail(op, name, "indices in [0, " + std::to_string(bound) + ")", std::to_string(static_cast<int32_t>(largest)));
-}
 
 // row_offsets must rise from 0 to the number of routes, which with padding is less than there are rows.
 void check_offsets(const char* op, const Tensor& row_offsets, int64_t num_routes) {
@@ -437,143 +384,6 @@ Tensor pull_rows(Tensor like, Tensor row_offsets, Tensor positions, Tensor begin
   return out;
 }
 
-// The experts' block, CPU only.
-
-// Like `empty`, in huge pages if the system has them and the tensor is large: it is written whole and at once, and a fault for each 4 KiB of
-// fresh memory costs as much as filling it.
-Tensor empty_large(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
-  Tensor tensor = empty(sizes, dtype, like);
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = 2 << 20;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-  const uintptr_t first = (start + page - 1) / page * page, last = (start + tensor.numel() * tensor.element_size()) / page * page;
-  // A refusal changes nothing.
-  if (first < last) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return tensor;
-}
-
-bool has_experts(Tensor like) {
-  const ScalarType dtype = like.scalar_type();
-  return (dtype == ScalarType::Float && cpu::has_experts(DType::f32)) || (dtype == ScalarType::BFloat16 && cpu::has_experts(DType::bf16));
-}
-
-// The checked arguments of a pass, contiguous, and its workspace. Tensors are kept here as long as the pointers in `args` are used.
-struct Experts {
-  Tensor rows, gate_up, down, tokens, counts;
-  int64_t num_padded = 0;  // routes at the end of the list that are none
-  ExpertsArgs args{};
-
-  Experts(const char* op, Tensor rows_, Tensor gate_up_, Tensor down_, Tensor tokens_, Tensor counts_)
-      : rows(rows_), gate_up(gate_up_), down(down_), tokens(tokens_), counts(counts_) {
-    if (!has_experts(rows)) fail(op, "rows", "float32 or bfloat16 and a torch with oneDNN's brgemm", dtype_name(rows.scalar_type()));
-    args.dtype = data_dtype(op, "rows", rows);
-    CHECK_SHAPE(op, rows, kAnySize, kAnySize);
-    CHECK_SHAPE(op, down, kAnySize, kAnySize, kAnySize);
-    CHECK_SHAPE(op, tokens, kAnySize);
-    args.num_rows = rows.size(0), args.dim = rows.size(1), args.num_routes = tokens.size(0);
-    args.num_experts = down.size(0), args.expert_dim = down.size(2);
-    matrix(op, "gate_up", gate_up, {args.num_experts, 2 * args.expert_dim, args.dim});
-    matrix(op, "down", down, {args.num_experts, args.dim, args.expert_dim});
-    rows = contiguous(rows);
-    tokens = checked_index(op, "tokens", tokens, args.num_routes, rows);
-    counts = checked_index(op, "counts", counts, args.num_experts, rows);
-    check_range(op, "tokens", tokens, args.num_rows);
-    args.rows = rows.const_data_ptr(), args.gate_up = gate_up.const_data_ptr(), args.down = down.const_data_ptr();
-    args.tokens = static_cast<const int32_t*>(tokens.const_data_ptr());
-    args.counts = static_cast<const int32_t*>(counts.const_data_ptr());
-    int64_t total = 0;
-    for (int64_t e = 0; e < args.num_experts; ++e) total += args.counts[e] < 0 ? -(int64_t{1} << 40) : args.counts[e];
-    if (total < 0 || total > args.num_routes) {
-      fail(op, "counts", "counts >= 0 that add up to at most " + std::to_string(args.num_routes), "others");
-    }
-    num_padded = args.num_routes - total;
-    // Forward finds the routes of a range of tokens by bisection.
-    for (const int32_t *at = args.tokens, *count = args.counts; count < args.counts + args.num_experts; at += *count++) {
-      if (!std::is_sorted(at, at + *count)) fail(op, "tokens", "each expert's tokens in ascending order, as route gives them", "others");
-    }
-  }
-
-  void matrix(const char* op, const char* name, Tensor& tensor, std::initializer_list<int64_t> shape) {
-    check_device(op, name, tensor, rows);
-    check_dtype(op, name, tensor, rows.scalar_type());
-    check_shape(op, name, tensor, shape);
-    tensor = contiguous(tensor);
-  }
-
-  // (R,) for the kernels to write: 0 for routes that are none, which they leave alone.
-  Tensor per_route() {
-    Tensor numbers = empty_large({args.num_routes}, ScalarType::Float, rows);
-    std::fill_n(static_cast<float*>(numbers.mutable_data_ptr()) + args.num_routes - num_padded, num_padded, 0.0f);
-    return numbers;
-  }
-
-  Tensor temporary(int64_t columns) { return empty_large({args.num_routes + 8, columns}, rows.scalar_type(), rows); }
-
-  void run(void (*kernel)(const ExpertsArgs&), ExpertsPass pass) {
-    args.num_threads = torch::stable::get_num_threads();
-    args.workspace_bytes = cpu::experts_workspace(args, pass);
-    Tensor workspace = empty_large({args.workspace_bytes}, ScalarType::Byte, rows);
-    args.workspace = workspace.mutable_data_ptr();
-    kernel(args);
-  }
-};
-
-std::tuple<Tensor, Tensor> experts(Tensor rows, Tensor gate_up, Tensor down, Tensor weights, Tensor tokens, Tensor counts) {
-  const char* op = "experts";
-  Experts e(op, rows, gate_up, down, tokens, counts);
-  ExpertsArgs& a = e.args;
-  weights = *checked_weights(op, weights, e.rows, a.num_routes);
-  Tensor out = empty_large({a.num_rows, a.dim}, e.rows.scalar_type(), e.rows);
-  Tensor pre = empty_large({a.num_routes, 2 * a.expert_dim}, e.rows.scalar_type(), e.rows);
-  a.weights = static_cast<const float*>(weights.const_data_ptr());
-  a.out = out.mutable_data_ptr();
-  a.pre = pre.mutable_data_ptr();
-  e.run(cpu::experts_forward, ExpertsPass::forward);
-  return {out, pre};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(
-    Tensor grad, Tensor rows, Tensor gate_up, Tensor down, Tensor weights, Tensor pre, Tensor tokens, Tensor counts,
-    std::vector<bool> needs) {
-  const char* op = "experts_backward";
-  Experts e(op, rows, gate_up, down, tokens, counts);
-  ExpertsArgs& a = e.args;
-  weights = *checked_weights(op, weights, e.rows, a.num_routes);
-  e.matrix(op, "grad", grad, {a.num_rows, a.dim});
-  e.matrix(op, "pre", pre, {a.num_routes, 2 * a.expert_dim});
-  const ScalarType dtype = e.rows.scalar_type();
-  // What is not wanted comes back empty.
-  Tensor grad_rows = needs[0] ? empty_large({a.num_rows, a.dim}, dtype, rows) : empty({0}, dtype, rows);
-  Tensor grad_gate_up = needs[1] ? empty_large({a.num_experts, 2 * a.expert_dim, a.dim}, dtype, rows) : empty({0}, dtype, rows);
-  Tensor grad_down = needs[2] ? empty_large({a.num_experts, a.dim, a.expert_dim}, dtype, rows) : empty({0}, dtype, rows);
-  Tensor grad_weights = e.per_route();
-  Tensor activation = e.temporary(cpu::experts_row_elements(a.dtype, a.expert_dim)), grad_pre = e.temporary(2 * a.expert_dim);
-  a.weights = static_cast<const float*>(weights.const_data_ptr());
-  a.grad = grad.const_data_ptr();
-  a.pre = pre.mutable_data_ptr();
-  a.activation = activation.mutable_data_ptr();
-  a.grad_pre = grad_pre.mutable_data_ptr();
-  a.grad_rows = needs[0] ? grad_rows.mutable_data_ptr() : nullptr;
-  a.grad_gate_up = needs[1] ? grad_gate_up.mutable_data_ptr() : nullptr;
-  a.grad_down = needs[2] ? grad_down.mutable_data_ptr() : nullptr;
-  a.grad_weights = static_cast<float*>(grad_weights.mutable_data_ptr());
-  e.run(cpu::experts_backward, ExpertsPass::backward);
-  return {grad_rows, grad_gate_up, grad_down, grad_weights};
-}
-
-Tensor experts_probe(Tensor grad, Tensor rows, Tensor gate_up, Tensor down, Tensor tokens, Tensor counts) {
-  const char* op = "experts_probe";
-  Experts e(op, rows, gate_up, down, tokens, counts);
-  ExpertsArgs& a = e.args;
-  e.matrix(op, "grad", grad, {a.num_rows, a.dim});
-  Tensor out = e.per_route();
-  a.grad = grad.const_data_ptr();
-  a.grad_weights = static_cast<float*>(out.mutable_data_ptr());
-  e.run(cpu::experts_probe, ExpertsPass::probe);
-  return out;
-}
-
 #define REGISTER_ALL(m)                                 \
   m.impl("route", TORCH_BOX(&route));                   \
   m.impl("permute", TORCH_BOX(&permute));               \
@@ -587,13 +397,7 @@ Tensor experts_probe(Tensor grad, Tensor rows, Tensor gate_up, Tensor down, Tens
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(moetrain, CPU, m) {
-  REGISTER_ALL(m);
-  m.impl("has_experts", TORCH_BOX(&has_experts));
-  m.impl("experts", TORCH_BOX(&experts));
-  m.impl("experts_backward", TORCH_BOX(&experts_backward));
-  m.impl("experts_probe", TORCH_BOX(&experts_probe));
-}
+STABLE_TORCH_LIBRARY_IMPL(moetrain, CPU, m) { REGISTER_ALL(m); }
 #ifdef USE_CUDA
 STABLE_TORCH_LIBRARY_IMPL(moetrain, CUDA, m) { REGISTER_ALL(m); }
 #endif

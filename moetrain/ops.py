@@ -26,17 +26,23 @@ __all__ = [
     "acc_dtype",
     "combine",
     "combine_backward",
+    "count",
     "experts",
     "experts_backward",
     "experts_probe",
     "has_experts",
+    "largest",
     "permute",
     "pull_rows",
     "push_rows",
     "route",
+    "share",
+    "share_backward",
     "swiglu",
     "swiglu_backward",
     "swiglu_dot",
+    "wide_linear",
+    "wide_linear_backward",
 ]
 
 _ops = torch.ops.moetrain
@@ -191,6 +197,46 @@ def experts_probe(grad: Tensor, rows: Tensor, gate_up: Tensor, down: Tensor, tok
     return _ops.experts_probe(grad, rows, gate_up, down, tokens, counts)
 
 
+def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (T, D) bfloat16, weight (E, D) float32 -> (T, E) float32, x W^T computed in float32. On the CPU, where `has_experts` says so for float32.
+    A row of the result depends on that row of x alone, whatever T is. `moe.wide.wide_linear` has the gradient."""
+    return _ops.wide_linear(x, weight)
+
+
+def wide_linear_backward(grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool] = (True, True)) -> tuple[Tensor, Tensor]:
+    """Gradients of `wide_linear` for grad (T, E) float32. Not differentiable.
+
+    needs: which results are wanted; the other is (0,).
+
+    Returns:
+        grad_x: (T, D) bfloat16, grad @ W, summed in float32 and rounded once.
+        grad_weight: (E, D) float32, grad^T @ x.
+    """
+    return _ops.wide_linear_backward(grad, x, weight, needs)
+
+
+def largest(scores: Tensor, k: int) -> Tensor:
+    """scores (T, E) float32 -> (T, k) int64: the k largest of each row, the largest first; among equals the lower expert, and NaN before all.
+    CPU. Not differentiable, as `count`."""
+    return _ops.largest(scores, k)
+
+
+def share(scores: Tensor, active: Tensor) -> Tensor:
+    """scores (T, E) float32, active (T, E) bool -> (T, E): each active score over the sum of its row's active scores; 0 elsewhere. A sum that is not
+    positive counts as 1. CPU. `moe.weights.share` has the gradient."""
+    return _ops.share(scores, active)
+
+
+def share_backward(grad: Tensor, scores: Tensor, active: Tensor) -> Tensor:
+    """(T, E): the gradient of `share` with respect to the scores, for grad (T, E). Not differentiable."""
+    return _ops.share_backward(grad, scores, active)
+
+
+def count(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """mask (T, E) bool -> (E,) and (T,) int32: how many are True of each expert, and of each token. CPU."""
+    return _ops.count(mask)
+
+
 # What torch's FLOP counter shall see of the products inside: gate and up, and down.
 
 
@@ -202,6 +248,16 @@ def _experts_flops(rows, gate_up, down, weights, tokens, counts, *args, **option
 @register_flop_formula(torch.ops.moetrain.experts_backward)
 def _experts_backward_flops(grad, rows, gate_up, down, *args, **options) -> int:
     return 6 * args[2][0] * gate_up[1] * gate_up[2]
+
+
+@register_flop_formula(torch.ops.moetrain.wide_linear)
+def _wide_linear_flops(x, weight, *args, **options) -> int:
+    return 2 * x[0] * x[1] * weight[0]
+
+
+@register_flop_formula(torch.ops.moetrain.wide_linear_backward)
+def _wide_linear_backward_flops(grad, x, weight, needs, *args, **options) -> int:
+    return 2 * x[0] * x[1] * weight[0] * sum(needs)
 
 
 # Fakes: the shapes and dtypes alone, for torch.compile and FakeTensor.
@@ -274,6 +330,37 @@ def _(grad, rows, gate_up, down, tokens, counts):
     return rows.new_empty(tokens.shape, dtype=torch.float32)
 
 
+@torch.library.register_fake("moetrain::largest")
+def _(scores, k):
+    return scores.new_empty((scores.shape[0], k), dtype=torch.int64)
+
+
+@torch.library.register_fake("moetrain::share")
+def _(scores, active):
+    return torch.empty_like(scores, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("moetrain::share_backward")
+def _(grad, scores, active):
+    return torch.empty_like(scores, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("moetrain::count")
+def _(mask):
+    return mask.new_empty((mask.shape[1],), dtype=torch.int32), mask.new_empty((mask.shape[0],), dtype=torch.int32)
+
+
+@torch.library.register_fake("moetrain::wide_linear")
+def _(x, weight):
+    return weight.new_empty((x.shape[0], weight.shape[0]))
+
+
+@torch.library.register_fake("moetrain::wide_linear_backward")
+def _(grad, x, weight, needs):
+    wanted = (t.new_empty(t.shape if needed else (0,)) for t, needed in zip((x, weight), needs))
+    return tuple(wanted)
+
+
 # Gradients. Each backward is another operator.
 
 
@@ -340,5 +427,16 @@ def _register_no_gradient(name: str) -> None:
     torch.library.register_autograd(f"moetrain::{name}", backward)
 
 
-for _name in ("combine_backward", "swiglu_backward", "swiglu_dot", "experts_backward", "experts_probe", "pull_rows"):
+for _name in (
+    "combine_backward",
+    "swiglu_backward",
+    "swiglu_dot",
+    "experts_backward",
+    "experts_probe",
+    "pull_rows",
+    "share",
+    "share_backward",
+    "wide_linear",
+    "wide_linear_backward",
+):
     _register_no_gradient(_name)

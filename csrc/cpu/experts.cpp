@@ -5,7 +5,6 @@
 // cache, and what experts add to one token is added in float32 in a slice of columns, expert after expert: so a sum's order does
 // not depend on threads, which share out whole tasks. Forward keeps the pre-activations alone: each slice computes the activations
 // again, block by block, which costs less than the memory for all of them.
-#include <atomic>
 #include <vector>
 
 #include "../kernels.h"
@@ -13,7 +12,7 @@
 #include "finish.h"
 #include "layout.h"
 #include "math.h"
-#include "parallel.h"
+#include "tasks.h"
 
 namespace moetrain::cpu {
 
@@ -29,14 +28,14 @@ constexpr int64_t kDepth = 1024;            // of a product that sums over rows:
 constexpr int64_t kRowStep = 8;  // a last block's rows are rounded up to this, a last sum's depth to kDepthStep, for the same reason
 constexpr int64_t kDepthStep = 16;
 
-// ---- tasks and scratch ----
+// ---- tasks ----
 
 // Numbers that forward keeps for backward: what its scratch is measured by, which is there at the same time.
 int64_t kept_numbers(const ExpertsArgs& a) { return a.num_rows * a.dim + a.num_routes * 2 * a.expert_dim; }
 
 // Gathered, the rows of the chunks that are worked on are a tenth of what is kept, as far as a chunk can be as small.
 int64_t chunk_rows(const ExpertsArgs& a) {
-  const int64_t rows = kept_numbers(a) / 10 / std::max<int64_t>(1, a.dim * a.num_threads);
+  const int64_t rows = kept_numbers(a) / 10 / std::max<int64_t>(1, a.dim * a.threads.number);
   return std::clamp(rows / kRows * kRows, kLeastChunk, kMostChunk);
 }
 
@@ -65,42 +64,10 @@ int64_t most_rows(const ExpertsArgs& a) {
   return most;
 }
 
-// Hands out one thread's scratch piece by piece. Without memory it only counts.
-class Scratch {
- public:
-  explicit Scratch(char* memory) : memory_(memory) {}
-  template <class T>
-  T* take(int64_t size) {
-    char* piece = memory_ + used_;
-    used_ += round_up(size * sizeof(T), 64) + 64;  // an odd number of cache lines between pieces of round sizes
-    return reinterpret_cast<T*>(piece);
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* memory_;
-  int64_t used_ = 0;
-};
-
-// Threads take task after task. body(task, scratch of the thread) on whole tasks, in no order.
-template <class Body>
-void for_tasks(const ExpertsArgs& a, int64_t num_tasks, const Body& body) {
-  std::atomic<int64_t> next{0};
-  const int64_t per_thread = a.workspace_bytes / a.num_threads;
-  parallel_for(a.num_threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      for (int64_t task = next++; task < num_tasks; task = next++) body(task, static_cast<char*>(a.workspace) + thread * per_thread);
-    }
-    brgemm_release(a.dtype);
-  });
-}
-
 // What one task adds up: so many columns of so many tokens of the (N, D) sums over experts.
 struct Slice {
   int64_t columns, tokens;
 };
-
-int64_t pieces(int64_t size, int64_t piece) { return size == 0 ? 0 : (size + piece - 1) / piece; }
 
 // The fewest slices of all tokens, one for each thread at least, of `most` columns at most, equally wide.
 int64_t slice_columns(int64_t dim, int64_t threads, int64_t most) {
@@ -118,13 +85,13 @@ Slice forward_slice(const ExpertsArgs& a) {
   Slice best{};
   double best_cost = 0;
   for (int64_t parts = 1; parts <= most_parts; ++parts) {
-    const int64_t tokens = pieces(a.num_rows, parts), most = kept / 10 / (tokens * a.num_threads) / kColumns * kColumns;
-    const int64_t columns = slice_columns(a.dim, pieces(a.num_threads, parts), std::clamp(most, kColumns, kSliceColumns));
+    const int64_t tokens = pieces(a.num_rows, parts), most = kept / 10 / (tokens * a.threads.number) / kColumns * kColumns;
+    const int64_t columns = slice_columns(a.dim, pieces(a.threads.number, parts), std::clamp(most, kColumns, kSliceColumns));
     const int64_t across = pieces(a.dim, columns), tasks = across * parts;
     const double routes = a.num_routes, dim = a.dim;
     const double work = routes * dim / 32 + 3 * across * routes + parts * a.num_experts * dim;
-    const double memory = 10.0 * tokens * columns * a.num_threads / kept;  // over 1 where the narrowest slices are too many at once
-    const double cost = work / tasks * pieces(tasks, a.num_threads) * std::max(1.0, memory);
+    const double memory = 10.0 * tokens * columns * a.threads.number / kept;  // over 1 where the narrowest slices are too many at once
+    const double cost = work / tasks * pieces(tasks, a.threads.number) * std::max(1.0, memory);
     if (parts == 1 || cost < best_cost) best = {columns, tokens}, best_cost = cost;
   }
   return best;
@@ -132,14 +99,14 @@ Slice forward_slice(const ExpertsArgs& a) {
 
 Slice slice_of(const ExpertsArgs& a, bool forward) {
   if (forward && a.dtype == DType::bf16 && a.num_rows > 0 && a.dim > 0) return forward_slice(a);
-  return {slice_columns(a.dim, a.num_threads, kSliceColumns), a.num_rows};
+  return {slice_columns(a.dim, a.threads.number, kSliceColumns), a.num_rows};
 }
 
 // body(first column, first token, scratch of the thread) for each slice.
 template <class Body>
 void for_slices(const ExpertsArgs& a, const Slice& slice, const Body& body) {
   const int64_t across = pieces(a.dim, slice.columns);
-  for_tasks(a, across * pieces(a.num_rows, slice.tokens), [&](int64_t task, char* memory) {
+  for_tasks(a.threads, a.dtype, across * pieces(a.num_rows, slice.tokens), [&](int64_t task, char* memory) {
     body(task % across * slice.columns, task / across * slice.tokens, memory);
   });
 }
@@ -200,7 +167,7 @@ struct SumScratch {
 // Columns of D whose weight gradients are one task: all of them for one thread, since a task prepares its expert's other operand.
 int64_t group_columns(const ExpertsArgs& a) {
   const int64_t whole = round_up(a.dim, kColumns);
-  return a.num_threads == 1 ? whole : std::min<int64_t>(whole, 512);
+  return a.threads.number == 1 ? whole : std::min<int64_t>(whole, 512);
 }
 
 template <class T>
@@ -354,7 +321,7 @@ void add_slice(
 template <class T>
 void forward(const ExpertsArgs& a) {
   const std::vector<Chunk> chunks = chunks_of(a);
-  for_tasks(a, chunks.size(), [&](int64_t task, char* memory) { forward_up<T>(a, chunks[task], memory); });
+  for_tasks(a.threads, a.dtype, chunks.size(), [&](int64_t task, char* memory) { forward_up<T>(a, chunks[task], memory); });
   const int64_t F = a.expert_dim, Fp = even<T>(F);
   const T* down = static_cast<const T*>(a.down);
   const auto left = [&](int64_t begin, int64_t rows, T* out) {
@@ -470,13 +437,13 @@ void weight_gradients(const ExpertsArgs& a, int64_t e, int64_t begin, int64_t d0
 template <class T>
 void backward(const ExpertsArgs& a) {
   const std::vector<Chunk> chunks = chunks_of(a);
-  for_tasks(a, chunks.size(), [&](int64_t task, char* memory) { backward_up<T>(a, chunks[task], memory); });
+  for_tasks(a.threads, a.dtype, chunks.size(), [&](int64_t task, char* memory) { backward_up<T>(a, chunks[task], memory); });
 
   if (a.grad_gate_up || a.grad_down) {
     std::vector<int64_t> begins(a.num_experts + 1, 0);
     for (int64_t e = 0; e < a.num_experts; ++e) begins[e + 1] = begins[e] + a.counts[e];
     const int64_t columns = group_columns(a), groups = columns == 0 ? 0 : (a.dim + columns - 1) / columns;
-    for_tasks(a, a.num_experts * groups, [&](int64_t task, char* memory) {
+    for_tasks(a.threads, a.dtype, a.num_experts * groups, [&](int64_t task, char* memory) {
       const int64_t e = task / groups, d = task % groups * columns;
       weight_gradients<T>(a, e, begins[e], d, std::min(a.dim, d + columns), memory);
     });
@@ -527,7 +494,7 @@ void probe_chunk(const ExpertsArgs& a, const Chunk& chunk, char* memory) {
 template <class T>
 void probes(const ExpertsArgs& a) {
   const std::vector<Chunk> chunks = chunks_of(a);
-  for_tasks(a, chunks.size(), [&](int64_t task, char* memory) { probe_chunk<T>(a, chunks[task], memory); });
+  for_tasks(a.threads, a.dtype, chunks.size(), [&](int64_t task, char* memory) { probe_chunk<T>(a, chunks[task], memory); });
 }
 
 template <class T>
@@ -550,8 +517,8 @@ bool has_experts(DType dtype) { return has_brgemm(dtype); }
 
 int64_t experts_row_elements(DType dtype, int64_t dim) { return dtype == DType::bf16 ? even<bfloat16>(dim) : dim; }
 
-int64_t experts_workspace(const ExpertsArgs& a, ExpertsPass pass) {
-  return (a.dtype == DType::bf16 ? scratch_bytes<bfloat16>(a, pass) : scratch_bytes<float>(a, pass)) * a.num_threads;
+int64_t experts_scratch(const ExpertsArgs& a, ExpertsPass pass) {
+  return a.dtype == DType::bf16 ? scratch_bytes<bfloat16>(a, pass) : scratch_bytes<float>(a, pass);
 }
 
 void experts_forward(const ExpertsArgs& a) { a.dtype == DType::bf16 ? forward<bfloat16>(a) : forward<float>(a); }

@@ -19,7 +19,7 @@ from moetrain.config import Config, ConfigError
 from moetrain.train import Trainer
 
 KINDS = {
-    "GEMM": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "moetrain::experts"),
+    "GEMM": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "moetrain::experts", "moetrain::wide_linear"),
     "attention": ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention", "flash_attn"),
     "communication": (
         "gloo:", "nccl:", "c10d::", "record_param_comms", "_Dispatch", "_Combine", "moetrain::push", "moetrain::pull", "FSDP::",

@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree
 
+from moetrain import ops
+
 _T = TypeVar("_T")
 
 
@@ -136,10 +138,19 @@ class LayerReport:
     scores: Tensor | None = None
 
 
+def route_counts(active: Tensor) -> tuple[Tensor, Tensor]:
+    """active: (T, E) bool, or how many (of strata a token may go to one expert several times) -> (E,) and (T,) float64: the routes of each
+    expert, and of each token."""
+    if active.device.type == "cpu" and active.dtype == torch.bool:
+        of_experts, of_tokens = ops.count(active)
+        return of_experts.double(), of_tokens.double()
+    return active.sum(0, dtype=torch.float64), active.sum(-1, dtype=torch.float64)
+
+
 def statistics(decision: Decision, context: TokenContext) -> dict[str, Tensor]:
     """The `stats` of a LayerReport, float64 so that sums over a run stay whole numbers."""
     active, valid, classes = decision.active, context.valid, context.classes
-    per_token = active.sum(-1, dtype=torch.float64)
+    load, per_token = route_counts(active)
     real = torch.ones_like(per_token) if valid is None else valid.double()
     apart = {}
     if classes is not None:
@@ -148,7 +159,7 @@ def statistics(decision: Decision, context: TokenContext) -> dict[str, Tensor]:
         apart["class_load"] = real.new_zeros(context.num_classes, active.shape[1]).index_add_(0, classes, active.double())
     return apart | {
         "tokens": real.sum(),
-        "load": active.sum(0, dtype=torch.float64),
+        "load": load,
         "active_sq": per_token.square().sum(),
         "empty": ((per_token == 0) * real).sum(),
         "probes": per_token.new_zeros(()) if decision.probes is None else (decision.probes > 0).sum(dtype=torch.float64),
@@ -244,7 +255,7 @@ def token_count(context: TokenContext, x: Tensor) -> float | Tensor:
 def global_load(active: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """(E,) share of each expert in all routes of the group's micro-batch; sums to 1, or is 0 when there is no route. float64 inside, so that
     the sum does not depend on how tokens are spread over ranks."""
-    return shares(group_sum(active.sum(0, dtype=torch.float64), group))
+    return shares(group_sum(route_counts(active)[0], group))
 
 
 def group_sum(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moetrain import ops
+
 
 def share(scores: Tensor, active: Tensor) -> Tensor:
     """scores (T, E), active (T, E) bool -> (T, E): each active score over the sum of its row's active scores; 0 elsewhere and in rows whose sum is
@@ -22,10 +24,16 @@ def pick(weights: Tensor, tokens: Tensor, counts: Tensor, padded: bool = False) 
     return _Pick.apply(weights, tokens, counts, padded)
 
 
+def _has_operator(scores: Tensor) -> bool:
+    return scores.device.type == "cpu" and scores.dtype == torch.float32
+
+
 class _Share(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores: Tensor, active: Tensor) -> Tensor:
         ctx.save_for_backward(scores, active)
+        if _has_operator(scores):
+            return ops.share(scores, active)
         weights = scores * active
         return weights.div_(_totals(weights))
 
@@ -33,6 +41,8 @@ class _Share(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         scores, active = ctx.saved_tensors
+        if _has_operator(scores):
+            return ops.share_backward(grad, scores, active), None
         weights = scores * active
         total = _totals(weights)
         mean = weights.mul_(grad).sum(-1, keepdim=True).div_(total)

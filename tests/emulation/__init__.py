@@ -5,7 +5,7 @@
     MOETRAIN_EMULATION_SEED=7 python -m tests.emulation
 
 rewrite.py turns launches and shared memory into C++, all else of the text is compiled as it is, against include/ instead of the toolkit.
-build.py makes moetrain._C of csrc/ops.cpp and the kernels, which forward.cpp puts under the operators' CPU names. machine.cpp runs a launch.
+build.py makes moetrain._C of csrc/*.cpp and the kernels, which forward.cpp puts under the operators' CPU names. machine.cpp runs a launch.
 
 What it finds, each as an exception with the kernel and the thread, and nearly always with the line:
 

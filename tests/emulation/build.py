@@ -42,19 +42,30 @@ def library(sources: list[Path], target: Path, cache: Path) -> Path:
 
 
 def extension(target: Path, cache: Path) -> Path:
-    """moetrain._C of csrc/ops.cpp, with every csrc/cuda/*.cu under its CPU operators. In ops.cpp one check is changed: float16 may be on the CPU.
+    """moetrain._C of csrc/*.cpp, with every csrc/cuda/*.cu under its CPU operators. In tensors.h one check is changed: float16 may be on the CPU.
 
     target: the library to write. cache: a folder for the objects. Raises RuntimeError with the compiler's messages."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    ops = (CSRC / "ops.cpp").read_text(encoding="utf-8")
-    assert ops.count(_HALF_CHECK) == 1, f"csrc/ops.cpp no longer says {_HALF_CHECK!r}: say here what it says instead"
-    ops = ops.replace(_HALF_CHECK, "dtype == ScalarType::Half")
+    shared = (CSRC / "tensors.h").read_text(encoding="utf-8")
+    assert shared.count(_HALF_CHECK) == 1, f"csrc/tensors.h no longer says {_HALF_CHECK!r}: say here what it says instead"
+    shared = shared.replace(_HALF_CHECK, "dtype == ScalarType::Half")
+    include = '#include "tensors.h"'
     includes = [f"-I{path}" for path in [str(CSRC), *include_paths(), sysconfig.get_path("include")]]
     macros = ["-DTORCH_TARGET_VERSION=0x020A000000000000", "-DPy_LIMITED_API=0x030A0000"]
-    text, flags = f'#line 1 "{CSRC / "ops.cpp"}"\n' + ops, ["-x", "c++", "-O0", "-std=c++20", *macros, *includes]
+    flags = ["-x", "c++", "-O0", "-std=c++20", *macros, *includes]
+    operators = []
+    for path in sorted(CSRC.glob("*.cpp")):
+        text = path.read_text(encoding="utf-8")
+        assert text.count(include) == 1, f"{path} does not say {include}"
+        after = text[: text.index(include)].count("\n") + 2
+        text = f'#line 1 "{path}"\n' + text.replace(include, f'#line 1 "{CSRC / "tensors.h"}"\n{shared}\n#line {after} "{path}"')
+        operators.append((path.name, text, flags, [CSRC / "checks.h", CSRC / "kernels.h"]))
+    # What CUDA has no kernel for is computed by the CPU's.
+    for path in (CSRC / "cpu" / "choose.cpp", CSRC / "cpu" / "parallel.cpp"):
+        operators.append((path.name, f'#include "{path}"\n', flags, [path, CSRC / "kernels.h", *(CSRC / "cpu").glob("*.h")]))
     objects = [
-        ("ops.cpp", text, flags, [CSRC / "checks.h", CSRC / "kernels.h"]),
+        *operators,
         _plain(HERE / "forward.cpp", [CSRC / "kernels.h"]),
         *(_kernels(path) for path in sorted((CSRC / "cuda").glob("*.cu"))),
         *_emulator(),

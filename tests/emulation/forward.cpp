@@ -69,12 +69,16 @@ int64_t route(const RouteArgs& args) {
   return ones;
 }
 
-// No block of experts on CUDA: they are computed from the operators above and torch's products.
+// No block of experts on CUDA: they are computed from the operators above and torch's products, as a router's logits are.
 bool has_experts(DType) { return false; }
 int64_t experts_row_elements(DType, int64_t) { std::abort(); }
-int64_t experts_workspace(const ExpertsArgs&, ExpertsPass) { std::abort(); }
+int64_t experts_scratch(const ExpertsArgs&, ExpertsPass) { std::abort(); }
 void experts_forward(const ExpertsArgs&) { std::abort(); }
 void experts_backward(const ExpertsArgs&) { std::abort(); }
 void experts_probe(const ExpertsArgs&) { std::abort(); }
+int64_t wide_linear_packed(const WideLinearArgs&) { std::abort(); }
+int64_t wide_linear_scratch(const WideLinearArgs&) { std::abort(); }
+void wide_linear(const WideLinearArgs&) { std::abort(); }
+void wide_linear_backward(const WideLinearArgs&) { std::abort(); }
 
 }  // namespace moetrain::cpu

@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from moetrain import ops
 from moetrain.moe.wide import wide_linear
+
+
+@pytest.fixture(params=["operator", "pieces"], autouse=True)
+def way(request, monkeypatch):
+    """Our operator, where this torch and processor have it; and torch's products, piece by piece."""
+    if request.param == "pieces":
+        monkeypatch.setattr(ops, "has_experts", lambda device, dtype: False)
+    elif not ops.has_experts(torch.device("cpu"), torch.float32):
+        pytest.skip("this torch or processor has no brgemm for float32")
 
 
 @pytest.mark.parametrize("rows", [0, 3, 1300])

@@ -15,7 +15,7 @@ from moetrain.config import ModelConfig
 from moetrain.config.routers import BudgetRouter
 from moetrain.moe.balance import product_of_shares
 from moetrain.moe.routers.base import router_for, whole
-from moetrain.moe.routing import Decision, Routing, TokenContext, group_sum, recorded, shares, token_count
+from moetrain.moe.routing import Decision, Routing, TokenContext, group_sum, recorded, route_counts, shares, token_count
 from moetrain.moe.weights import share
 from moetrain.moe.wide import wide_linear
 
@@ -80,7 +80,7 @@ class Budget(nn.Module):
             total, weight = self.cut.double()
             steady = ranking > (total / weight.clamp(min=1e-30)).to(ranking.dtype)
             active = torch.where(weight > 0, steady & valid[:, None], active)
-        load = shares(group_sum(active.sum(0, dtype=torch.float64), context.group if torch.is_grad_enabled() else None))
+        load = shares(group_sum(route_counts(active)[0], context.group if torch.is_grad_enabled() else None))
         return Decision(active, load=load), cuts
 
     def after_step(self, load: Tensor, sums: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

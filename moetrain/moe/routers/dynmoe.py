@@ -11,7 +11,7 @@ from torch.nn.functional import linear, normalize, one_hot
 from moetrain.config import DynMoERouter, ModelConfig
 from moetrain.moe.balance import product_of_shares
 from moetrain.moe.routers.base import router_for, whole
-from moetrain.moe.routing import Decision, Routing, TokenContext, group_sum, recorded, token_count
+from moetrain.moe.routing import Decision, Routing, TokenContext, group_sum, recorded, route_counts, token_count
 
 
 @router_for(DynMoERouter)
@@ -93,7 +93,7 @@ class DynMoE(nn.Module):
         if valid is not None:
             active, routed = active & valid[:, None], routed & valid
         tokens = torch.ones_like(routed).sum(dtype=torch.float64) if valid is None else valid.sum(dtype=torch.float64)
-        own = torch.cat([active.sum(0, dtype=torch.float64), torch.stack([routed.sum(dtype=torch.float64), tokens])])
+        own = torch.cat([route_counts(active)[0], torch.stack([routed.sum(dtype=torch.float64), tokens])])
         counts = group_sum(own, context.group if torch.is_grad_enabled() else None)
         # f over the routed tokens, times what makes the sum of P, divided by all tokens, a mean over them.
         return Decision(active, load=counts[:-2] * counts[-1] / counts[-2].clamp(min=1).square())

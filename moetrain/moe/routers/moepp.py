@@ -13,7 +13,7 @@ from moetrain.moe.balance import product_of_shares
 from moetrain.moe.capacity import within_capacities
 from moetrain.moe.routers.base import router_for
 from moetrain.moe.routers.softmax import largest
-from moetrain.moe.routing import Decision, Routing, TokenContext, group_sum, recorded, token_count
+from moetrain.moe.routing import Decision, Routing, TokenContext, group_sum, recorded, route_counts, token_count
 
 
 @router_for(MoEppRouter)
@@ -80,7 +80,7 @@ class MoEpp(nn.Module):
         tokens = torch.full((1,), chosen.shape[0], dtype=torch.float64, device=logits.device)
         if context.valid is not None:
             chosen, tokens = chosen & context.valid[:, None], context.valid.sum(dtype=torch.float64)[None]
-        counts = group_sum(torch.cat([chosen.sum(0, dtype=torch.float64), tokens]), context.group if torch.is_grad_enabled() else None)
+        counts = group_sum(torch.cat([route_counts(chosen)[0], tokens]), context.group if torch.is_grad_enabled() else None)
         eta = torch.ones(self.total, dtype=torch.float64, device=logits.device)
         eta[E:] = options.tau
         load = eta * counts[:-1] / counts[-1].clamp(min=1)

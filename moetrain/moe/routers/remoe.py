@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from moetrain.config import ModelConfig, ReMoERouter
 from moetrain.moe.balance import product_of_shares
 from moetrain.moe.routers.base import router_for
-from moetrain.moe.routing import Decision, Routing, TokenContext, group_sum, recorded, token_count
+from moetrain.moe.routing import Decision, Routing, TokenContext, group_sum, recorded, route_counts, token_count
 from moetrain.moe.wide import wide_linear
 
 
@@ -42,7 +42,7 @@ class ReMoE(nn.Module):
         tokens = torch.full((1,), active.shape[0], dtype=torch.float64, device=logits.device)
         if context.valid is not None:
             active, tokens = active & context.valid[:, None], context.valid.sum(dtype=torch.float64)[None]
-        own = torch.cat([active.sum(0, dtype=torch.float64), tokens])
+        own = torch.cat([route_counts(active)[0], tokens])
         counts = group_sum(own, context.group if torch.is_grad_enabled() else None)
         target = self.options.target_active
         routes = counts[:-1].sum() if target is None else target * counts[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moetrain import ops
 from moetrain.moe.balance import product_of_shares
 from moetrain.moe.routing import Decision, Routing, TokenContext, global_load, token_count
 
@@ -12,13 +13,19 @@ from moetrain.moe.routing import Decision, Routing, TokenContext, global_load, t
 def largest(scores: Tensor, k: int) -> Tensor:
     """(..., E) -> (..., k) int64: the k largest, the largest first; among equals the lower expert, on every device and for any batch shape."""
     E = scores.shape[-1]
-    if scores.dtype != torch.float32 or 2 * k > E:
-        return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
-    # No two keys are equal, so topk, which is faster than a sort but has no order among equals, finds the same. As whole numbers the bits of
-    # floats of one sign are in the floats' order; -0.0 becomes 0.0.
+    if scores.device.type == "cpu" and scores.dtype == torch.float32:
+        return ops.largest(scores.detach().reshape(-1, E), k).view(*scores.shape[:-1], k)
+    if scores.dtype == torch.float32 and 2 * k <= E:
+        return _largest_by_keys(scores, k)
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def _largest_by_keys(scores: Tensor, k: int) -> Tensor:
+    """No two keys are equal, so topk, which is faster than a sort but has no order among equals, finds the same. As whole numbers the bits of
+    floats of one sign are in the floats' order; -0.0 becomes 0.0."""
     bits = (scores + 0.0).view(torch.int32)
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
-    return ((ordered << 24) | torch.arange(E - 1, -1, -1, device=scores.device)).topk(k, dim=-1).indices
+    return ((ordered << 24) | torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)).topk(k, dim=-1).indices
 
 
 def as_mask(experts: Tensor, num_experts: int) -> Tensor:

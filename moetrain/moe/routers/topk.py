@@ -17,7 +17,7 @@ from moetrain.moe.balance import product_of_shares, smooth_load, squared_variati
 from moetrain.moe.capacity import within_capacity, within_groups
 from moetrain.moe.routers.base import router_for
 from moetrain.moe.routers.softmax import largest
-from moetrain.moe.routing import Decision, Routing, TokenContext, group_sum, normal, recorded, shares, token_count, uniform
+from moetrain.moe.routing import Decision, Routing, TokenContext, group_sum, normal, recorded, route_counts, shares, token_count, uniform
 from moetrain.moe.weights import share
 from moetrain.moe.wide import wide_linear
 
@@ -65,9 +65,13 @@ class TopK(nn.Module):
         decision: Decision = recorded(lambda: self.decide(logits.detach(), scores.detach(), context))
         chosen = decision.active if decision.chosen is None else decision.chosen
         weights = share(scores, chosen) if options.normalize else scores * chosen
-        # Without a coefficient it is a figure to look at, and the logits need not be kept for its gradient.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and options.z_coef > 0):
+        if options.z_coef > 0:
             log_partition = torch.logsumexp(logits, -1)
+        else:
+            # A figure to look at, for which nothing is kept. The largest score is exp(the largest logit - logsumexp).
+            with torch.no_grad():
+                softmaxed = options.score == "softmax"
+                log_partition = logits.amax(-1) - scores.amax(-1).log() if softmaxed else torch.logsumexp(logits, -1)
         if context.valid is not None:
             log_partition = log_partition * context.valid
         tokens = token_count(context, x)
@@ -141,7 +145,7 @@ class TopK(nn.Module):
             length = T if context.sequence is None else context.sequence
             return shares(counted.view(T // max(1, length), length, E).sum(1, dtype=torch.float64))
         learning = torch.is_grad_enabled()
-        counts = group_sum(counted.sum(0, dtype=torch.float64), context.group if learning else None)
+        counts = group_sum(route_counts(counted)[0], context.group if learning else None)
         if options.balance_over == "global_batch" and learning and context.counts is not None:
             counts = context.counts.add(self.layer, counts)
         return shares(counts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moetrain.moe.routers.softmax import largest
+from moetrain.moe.routers.softmax import _largest_by_keys, largest
 
 
 @pytest.mark.parametrize("experts, k", [(1, 1), (6, 3), (6, 5), (64, 8), (300, 1)])
@@ -20,3 +20,6 @@ def test_the_largest_as_a_stable_sort_has_them(experts, k, dtype):
         scores = scores.to(dtype)
         expected = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :k]
         assert torch.equal(largest(scores, k), expected)
+        assert torch.equal(largest(scores[0], k), expected[0])
+        if dtype == torch.float32:  # as on a GPU
+            assert torch.equal(_largest_by_keys(scores, k), expected)
