@@ -216,8 +216,8 @@ def wide_linear_backward(grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[b
 
 
 def largest(scores: Tensor, k: int) -> Tensor:
-    """scores (T, E) float32 -> (T, k) int64: the k largest of each row, the largest first; among equals the lower expert, and NaN before all.
-    CPU. Not differentiable, as `count`."""
+    """scores (T, E) float32 -> (T, k) int64: the k largest of each row, the largest first; among equals the lower expert. NaN is beyond the
+    infinity of its sign. CPU. Not differentiable, as `count`."""
     return _ops.largest(scores, k)
 
 

@@ -11,7 +11,7 @@ namespace moetrain::cpu {
 
 namespace {
 
-// A float's bits as a whole number in the order of floats: -0.0 as 0.0, NaN beyond infinity.
+// A float's bits as a whole number in the order of floats: -0.0 as 0.0, NaN beyond the infinity of its sign.
 MOETRAIN_INLINE int32_t ordered(float x) {
   const int32_t bits = bit_cast<int32_t>(x + 0.0f);
   return bits ^ ((bits >> 31) & 0x7fffffff);
