@@ -93,6 +93,15 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat(((first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)), dim=-1)
 
 
+def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+def rotate_both_halves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`rotate_both` for torch.compile: one call, since its own cost is that of rotating a small tensor."""
+    return rotate_halves(q, cos, sin), rotate_halves(k, cos, sin)
+
+
 # -------------------------------------------------------------------------------------------------------------------- layout
 
 
@@ -351,7 +360,7 @@ class KVCache:
 class Attention(nn.Module):
     """Self-attention of one layer: projections, optional norms of queries and keys, rotary positions."""
 
-    rotate = staticmethod(rotate)
+    rotate = staticmethod(rotate_both)
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -376,7 +385,7 @@ class Attention(nn.Module):
                 q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
             else:
                 q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self.rotate(q, layout.cos, layout.sin), self.rotate(k, layout.cos, layout.sin)
+        q, k = self.rotate(q, k, layout.cos, layout.sin)
         out = attend(q, k, v, layout, self.window) if cache is None else cache.attend(self.layer, q, k, v, self.window)
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 
@@ -390,7 +399,7 @@ class LatentAttention(nn.Module):
 
     NORM_EPS = 1e-6  # of the latents' norms, whatever the model's `norm_eps`: so in DeepSeek's code and in transformers'
 
-    rotate = staticmethod(rotate)
+    rotate = staticmethod(rotate_both)
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -417,8 +426,9 @@ class LatentAttention(nn.Module):
         q = self.q_proj(x) if m.q_lora_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
         q, q_rope = q.view(B, S, -1, m.qk_nope_head_dim + m.qk_rope_head_dim).split([m.qk_nope_head_dim, m.qk_rope_head_dim], dim=-1)
         latent, rope = self.kv_a_proj(x)[:, :, None].split([m.kv_lora_rank, m.qk_rope_head_dim], dim=-1)
-        latent, rope = self.kv_a_norm(latent), self._rotate(rope, layout)
-        q = torch.cat((q, self._rotate(q_rope, layout)), dim=-1)
+        latent = self.kv_a_norm(latent)
+        q_rope, rope = self.rotate(self._halves(q_rope), self._halves(rope), layout.cos, layout.sin)
+        q = torch.cat((q, q_rope), dim=-1)
         if cache is None:
             out = attend(q, *self._expand(latent, rope), layout, None, self.scale)
         else:
@@ -432,9 +442,9 @@ class LatentAttention(nn.Module):
         k, v = both.split([m.qk_nope_head_dim, m.v_head_dim], dim=-1)
         return torch.cat((k, rope.expand(-1, -1, k.shape[2], -1)), dim=-1), v
 
-    def _rotate(self, x: Tensor, layout: Layout) -> Tensor:
-        # Neighbours become halves; queries and keys alike, so that their product is the same.
-        return self.rotate(torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1) if self.mla.rope_interleave else x, layout.cos, layout.sin)
+    def _halves(self, x: Tensor) -> Tensor:
+        # Pairs of neighbours become halves; queries and keys alike, so that their product is the same.
+        return torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1) if self.mla.rope_interleave else x
 
 
 def layer_window(config: ModelConfig, layer: int) -> int | None:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from moetrain import config as schema
-from moetrain.attention import Attention, LatentAttention, rotate_halves
+from moetrain.attention import Attention, LatentAttention, rotate_both_halves
 from moetrain.checkpoint import find_steps, read_full, read_meta
 from moetrain.config import Config, ConfigError, ModelConfig, NonNegative, TrainConfig
 from moetrain.convert import huggingface
@@ -106,10 +106,11 @@ def compile_parts(model: Transformer, device: torch.device) -> None:
     if device.type == "cpu" and shutil.which(compiler) is None:
         missing = f"torch.compile needs a C++ compiler, and {compiler} is not there; install it, name one in CXX, or leave it out"
         raise ConfigError(f"train.compile (true): {missing}")
-    norm, rotation = (torch.compile(f, dynamic=True) for f in (RMSNorm.compute, rotate_halves))
+    # For the shapes that come, and once more for varying ones where others follow: loops of known length are the faster.
+    norm, norm_of_sum, rotation = (torch.compile(f) for f in (RMSNorm.compute, RMSNorm.compute_of_sum, rotate_both_halves))
     for module in model.modules():
         if isinstance(module, RMSNorm):
-            module.compute = norm
+            module.compute, module.compute_of_sum = norm, norm_of_sum
         elif isinstance(module, Attention | LatentAttention):
             module.rotate = rotation
 

@@ -89,8 +89,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, context: TokenContext, cache: KVCache | None = None) -> tuple[Tensor, LayerReport]:
         """x: (B, S, D). Returns (B, S, D) and the FFN's report."""
-        x = x + self.attn(self.attn_norm(x), layout, cache)
-        y, report = self.ffn(self.ffn_norm(x).flatten(0, 1), context, x.flatten(0, 1))
+        x, normed = self.ffn_norm.of_sum(x, self.attn(self.attn_norm(x), layout, cache))
+        y, report = self.ffn(normed.flatten(0, 1), context, x.flatten(0, 1))
         return x + y.view_as(x), report
 
 

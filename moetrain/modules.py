@@ -21,10 +21,16 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
+def _norm_of_sum(x: Tensor, y: Tensor, shape: tuple[int, ...], weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + y
+    return total, F.rms_norm(total, shape, weight, eps)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dim; the mean of squares is taken in float32 (float64 for float64)."""
 
     compute = staticmethod(F.rms_norm)
+    compute_of_sum = staticmethod(_norm_of_sum)
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -33,6 +39,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.compute(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+
+    def of_sum(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x + y and its norm: one function, so that torch.compile makes one pass of the two."""
+        return self.compute_of_sum(x, y, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 
 class SwiGLU(nn.Module):

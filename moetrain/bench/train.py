@@ -79,7 +79,7 @@ def account(events: EventList, on_device: bool) -> Account:
         communicates = kind_of(event.name) == "communication"
         if event.is_async and communicates:
             collectives.append(_span(event))
-        elif event.thread == step.thread and event is not step:
+        elif event.thread == step.thread and event is not step and event.time_range.start >= whole[0]:  # not the profiler's own name of it
             own[event.name] += event.self_cpu_time_total
             if communicates:
                 communicating.append(_span(event))
@@ -126,11 +126,12 @@ def _length(spans: list[Span]) -> float:
 
 
 def run(config: Config, rounds: int) -> list[Table]:
-    """One table by part of the step, one by kind of operator, one of the largest of the rest; on rank 0, empty elsewhere. Two steps warm up.
+    """One table by part of the step, one by kind of operator, one of the largest of the rest; on rank 0, empty elsewhere. Two steps warm up, and one
+    with the profiler, whose beginning costs the step that it is in.
 
     Nothing is written where the config's run would be. Raises what `Trainer` raises, and ConfigError if the run has too few steps."""
-    if config.train is not None and config.train.steps < rounds + 3:
-        raise ConfigError(f"train.steps ({config.train.steps}): --rounds {rounds} takes {rounds + 3} steps with those that warm up; use fewer rounds")
+    if config.train is not None and config.train.steps < rounds + 4:
+        raise ConfigError(f"train.steps ({config.train.steps}): --rounds {rounds} takes {rounds + 4} steps with those that warm up; use fewer rounds")
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config.model_copy(update={"run_dir": folder, "resume": False}), console=False)
         try:
@@ -156,11 +157,14 @@ def _measure(trainer: Trainer, rounds: int) -> list[Table]:
             parts.append({
                 "data": loaded - began, "forward, backward, gradient norm": forward_backward, "optimizer, records": optimizer, "step": whole,
             })  # fmt: skip
-        batch = next(batches)
-        with torch.profiler.profile() as profile, torch.profiler.record_function(STEP):
-            trainer.train_step(batch)
-            if trainer.device.type == "cuda":
-                torch.cuda.synchronize()
+        profiled = [next(batches), next(batches)]
+        with torch.profiler.profile(schedule=torch.profiler.schedule(wait=0, warmup=1, active=1)) as profile:
+            trainer.train_step(profiled[0])
+            profile.step()
+            with torch.profiler.record_function(STEP):
+                trainer.train_step(profiled[1])
+                if trainer.device.type == "cuda":
+                    torch.cuda.synchronize()
     if trainer.rank:
         return []
     ranks = dist.get_world_size() if dist.is_initialized() else 1

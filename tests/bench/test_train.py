@@ -31,7 +31,7 @@ def test_a_config(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert all(second[i]["ms"] > 0 for i in (0, 1, 3, 4)) and third and all(r["operator"] != STEP for r in third)
     assert not Path(config.run_dir).exists()
     capfd.readouterr()
-    assert main([*words, "--train.steps", "4"]) == 2 and "train.steps (4): --rounds 2 takes 5 steps" in capfd.readouterr().err
+    assert main([*words, "--train.steps", "4"]) == 2 and "train.steps (4): --rounds 2 takes 6 steps" in capfd.readouterr().err
     assert main([*words, "--train.stepz", "4"]) == 2 and "did you mean train.steps?" in capfd.readouterr().err
 
 
