@@ -73,9 +73,9 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 def rope_tables(frequencies: Tensor, scale: float, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin (B, S, 1, C) of positions (B, S), float32, or float64 when `dtype` is."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    angles = positions.to(wide)[..., None] * frequencies.to(wide)
-    angles = torch.cat((angles, angles), dim=-1)[:, :, None]
-    return angles.cos() * scale, angles.sin() * scale
+    angles = (positions.to(wide)[..., None] * frequencies.to(wide))[:, :, None]
+    cos, sin = angles.cos() * scale, angles.sin() * scale
+    return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -18,11 +18,15 @@ from moetrain.bench.measure import Table
 from moetrain.config import Config, ConfigError
 from moetrain.train import Trainer
 
+DISPATCHER = ("_Dispatch", "_Combine")
+COPY = "moetrain::exchange copy"
+"""What `account` calls a copy that a dispatcher's function makes itself: into or out of the memory through which ranks exchange rows."""
+
 KINDS = {
     "GEMM": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "moetrain::experts", "moetrain::wide_linear"),
     "attention": ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention", "flash_attn"),
     "communication": (
-        "gloo:", "nccl:", "c10d::", "record_param_comms", "_Dispatch", "_Combine", "moetrain::push", "moetrain::pull", "FSDP::",
+        "gloo:", "nccl:", "c10d::", "record_param_comms", *DISPATCHER, COPY, "moetrain::push", "moetrain::pull", "FSDP::",
     ),
 }  # fmt: skip
 """Kind -> beginnings of the operators' names. `moetrain::experts` is the whole experts' block on the CPU, activation and gather included. The
@@ -80,7 +84,7 @@ def account(events: EventList, on_device: bool) -> Account:
         if event.is_async and communicates:
             collectives.append(_span(event))
         elif event.thread == step.thread and event is not step and event.time_range.start >= whole[0]:  # not the profiler's own name of it
-            own[event.name] += event.self_cpu_time_total
+            own[COPY if _copies_for_exchange(event) else event.name] += event.self_cpu_time_total
             if communicates:
                 communicating.append(_span(event))
     gaps = _gaps(whole, map(_span, step.cpu_children))
@@ -89,6 +93,13 @@ def account(events: EventList, on_device: bool) -> Account:
     in_step = [(max(a, whole[0]), min(b, whole[1])) for a, b in collectives if b > whole[0] and a < whole[1]]
     hidden = _length(_merged(in_step)) - _shared(in_step, gaps + communicating)
     return Account(own, _length(gaps) - waited, hidden, whole[1] - whole[0])
+
+
+def _copies_for_exchange(event: FunctionEvent) -> bool:
+    called = None
+    while event is not None and event.name.startswith("aten::"):
+        called, event = event.name, event.cpu_parent
+    return called in ("aten::copy_", "aten::clone") and event is not None and event.name.startswith(DISPATCHER)
 
 
 def _span(event: FunctionEvent) -> Span:

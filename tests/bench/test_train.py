@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch.profiler import DeviceType
 
-from moetrain.bench.train import HIDDEN, KINDS, REST, STEP, WAIT, account, kind_of
+from moetrain.bench.train import COPY, HIDDEN, KINDS, REST, STEP, WAIT, account, kind_of
 from moetrain.cli import main
 from moetrain.config import to_yaml
 from moetrain.moe import dispatch
@@ -46,7 +46,7 @@ def test_kinds() -> None:
 
 def event(name: str, start: float, end: float, own: float = 0, *, thread: int = 1, device: DeviceType = DeviceType.CPU, **more: Any) -> Any:
     """As much of torch's FunctionEvent as `account` reads; own: what its children leave of its time."""
-    fields = {"is_async": False, "is_user_annotation": False, "cpu_children": [], "kernels": [], **more}
+    fields = {"is_async": False, "is_user_annotation": False, "cpu_children": [], "cpu_parent": None, "kernels": [], **more}
     span = SimpleNamespace(start=start, end=end)
     return SimpleNamespace(name=name, time_range=span, thread=thread, device_type=device, self_cpu_time_total=own, **fields)
 
@@ -64,6 +64,16 @@ def test_time_of_the_host() -> None:
     assert {k: v for k, v in found.own.items() if v} == {"aten::linear": 5, "aten::mm": 20, "aten::add": 30, WAIT: 15}
     # Hidden: [150, 155] and [160, 170].
     assert (found.outside, found.hidden, found.whole) == (30, 15, 100) and sum(found.own.values()) + found.outside == found.whole
+
+
+def test_copies_of_the_exchange_are_communication() -> None:
+    """Those that the dispatcher makes itself; not those within its other operators, nor another function's."""
+    dispatch, other = event("_DispatchBackward", 100, 150, 1), event("_ExpertsBackward", 150, 200, 1)
+    clone, listing = event("aten::clone", 100, 120, 2, cpu_parent=dispatch), event("aten::nonzero_static", 120, 150, 3, cpu_parent=dispatch)
+    copies = [event("aten::copy_", 100, 110, own, cpu_parent=parent) for own, parent in ((5, clone), (7, listing), (11, other), (13, dispatch))]
+    step = event(STEP, 100, 200, cpu_children=[dispatch, other])
+    found = account([step, dispatch, other, clone, listing, *copies], on_device=False)  # type: ignore[arg-type]
+    assert found.own[COPY] == 2 + 5 + 13 and found.own["aten::copy_"] == 7 + 11 and kind_of(COPY) == "communication"
 
 
 def test_waiting_in_an_operator_is_not_hidden() -> None:

@@ -64,9 +64,11 @@ class SigmoidSte(nn.Module):
         real = torch.ones_like(gates[:, 0], dtype=torch.bool) if context.valid is None else context.valid
         cuts = torch.sigmoid(self.threshold.detach().to(gates.dtype) + filled(OFFSETS, gates))
         # A gate of padding is above no cut.
-        flat = torch.where(real[:, None], gates.detach(), 0).flatten()
-        routes = torch.count_nonzero(flat > cuts[:, None], dim=1).double()
-        nominal = torch.count_nonzero(flat > self.options.threshold).double()
+        real_gates = torch.where(real[:, None], gates.detach(), 0)
+        # As numbers and not as truth values, which a CPU adds up after making whole numbers of 64 bits of them. Sums over tokens alone are exact.
+        above = torch.gt(real_gates, cuts[:, None, None], out=gates.new_empty(len(OFFSETS), *gates.shape))
+        routes = above.sum(1).double().sum(-1)
+        nominal = torch.count_nonzero(real_gates > self.options.threshold).double()
         return {"routes": routes, "nominal": nominal, "tokens": real.sum(dtype=torch.float64)}
 
     def after_step(self, load: Tensor, sums: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
