@@ -10,8 +10,15 @@ from moetrain.train import Trainer
 from tests.test_train import make_config, rank_main, start, write_data
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """What one test compiled the next one finds, and nothing from before."""
+    return str(tmp_path_factory.mktemp("compiled"))
+
+
 @pytest.fixture
-def data(tmp_path):
+def data(tmp_path, cache, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", cache)
     write_data(tmp_path / "a", seed=1)
     write_data(tmp_path / "b", documents=20, seed=2)
     return tmp_path
@@ -21,9 +28,8 @@ LATENTS = {"q_lora_rank": 5, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_
 
 
 @pytest.mark.parametrize("attention", [{}, {"model__mla": LATENTS, "model__num_kv_heads": None}], ids=["grouped", "latent"])
-def test_compiled_parts_compute_the_same(attention, data, monkeypatch):
+def test_compiled_parts_compute_the_same(attention, data):
     """Losses, gradients, norms and weights of three steps in float64, with blocks computed again in backward."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(data / "cache"))
 
     def run(**changes):
         config = make_config(data, "exact", (1, 1, 1), run_dir=str(data / str(changes["train__compile"])), **attention, **changes)
@@ -39,9 +45,8 @@ def test_compiled_parts_compute_the_same(attention, data, monkeypatch):
         np.testing.assert_allclose(compiled["weights"][name], weight, rtol=1e-9, atol=1e-11, err_msg=name)
 
 
-def test_compiled_ranks_equal_one_rank(data, monkeypatch):
+def test_compiled_ranks_equal_one_rank(data):
     """Losses, gradients, norms and weights of two steps compiled on two ranks and a third, not compiled, on one, after saving and loading."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(data / "cache"))
     whole = rank_main(make_config(data, "exact", (1, 1, 1), run_dir=str(data / "whole")), "mixed")
     (spread,) = start([make_config(data, "exact", (1, 1, 2), run_dir=str(data / "run"), train__compile=True)], "mixed", steps=2, save=True)
     resumed = rank_main(make_config(data, "exact", (1, 1, 1), run_dir=str(data / "run")), "mixed")

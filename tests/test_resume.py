@@ -4,7 +4,7 @@ controller state of every step, bit for bit.
 SIGKILL falls at moments drawn from a fixed seed: while the program starts, within a step, within a save (one is under way nearly always: every
 second step is saved, by a thread). It takes all processes at once or, of two ranks, one alone, after which the other and the launcher must end
 by themselves. The router draws probes at random and a controller holds its budget, so lost state would show. MOETRAIN_KILLS=20 makes the
-thorough run of it; the default is 3 kills for each kind of start.
+thorough run of it; the default is 2 kills for each kind of start.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moetrain.metrics import deterministic_fields, read_records
 from tests.test_train import make_config, write_data
 
 ROOT = Path(__file__).resolve().parents[1]
-KILLS = int(os.environ.get("MOETRAIN_KILLS", 3))
+KILLS = int(os.environ.get("MOETRAIN_KILLS", 2))
 STEPS = max(60, 5 * KILLS)
 LAUNCH = {1: [sys.executable], 2: [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
 

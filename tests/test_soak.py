@@ -10,6 +10,7 @@ from moetrain.metrics import read_records
 from tests import soak
 
 
+@pytest.mark.slow
 def test_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (soak.NANS, soak.FRESH_STORE):
         monkeypatch.setenv(name, "")  # set by the soak; taken back after the test
