@@ -94,6 +94,7 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`rotate` of q (B, S, heads, C) and of k, which may have fewer heads."""
     return rotate(q, cos, sin), rotate(k, cos, sin)
 
 

@@ -41,7 +41,7 @@ class RMSNorm(nn.Module):
         return self.compute(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
     def of_sum(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """x + y and its norm: one function, so that torch.compile makes one pass of the two."""
+        """x, y: (..., dim). x + y and its norm, (..., dim) both: one function, so that torch.compile makes one pass of the two."""
         return self.compute_of_sum(x, y, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 

@@ -19,6 +19,7 @@ from moetrain.config import Config, ConfigError
 from moetrain.train import Trainer
 
 DISPATCHER = ("_Dispatch", "_Combine")
+"""Beginnings of the names of `moe.dispatch`'s functions, forward and backward."""
 COPY = "moetrain::exchange copy"
 """What `account` calls a copy that a dispatcher's function makes itself: into or out of the memory through which ranks exchange rows."""
 

@@ -65,8 +65,10 @@ class SigmoidSte(nn.Module):
         cuts = torch.sigmoid(self.threshold.detach().to(gates.dtype) + filled(OFFSETS, gates))
         # A gate of padding is above no cut.
         real_gates = torch.where(real[:, None], gates.detach(), 0)
-        # As numbers and not as truth values, which a CPU adds up after making whole numbers of 64 bits of them. Sums over tokens alone are exact.
-        above = torch.gt(real_gates, cuts[:, None, None], out=gates.new_empty(len(OFFSETS), *gates.shape))
+        # A CPU adds up truth values after making whole numbers of 64 bits of them, so there they are numbers from the start; a GPU would only hold
+        # four times the memory. Sums over tokens alone are exact.
+        numbers = gates.new_empty(len(OFFSETS), *gates.shape) if gates.device.type == "cpu" else None
+        above = torch.gt(real_gates, cuts[:, None, None], out=numbers)
         routes = above.sum(1).double().sum(-1)
         nominal = torch.count_nonzero(real_gates > self.options.threshold).double()
         return {"routes": routes, "nominal": nominal, "tokens": real.sum(dtype=torch.float64)}
